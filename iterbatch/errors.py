@@ -1,0 +1,38 @@
+"""The errors a user can cause and repair. Nothing else lives here.
+
+Every message says what was given, what is allowed and what to do. The command line prints the message alone and exits with code 2;
+a library caller catches :class:`UserError`.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; the message says what to do about it."""
+
+
+class ConfigError(UserError, ValueError):
+    """One or more knobs are out of their range; all problems of a configuration are in one message."""
+
+
+class DataError(UserError, ValueError):
+    """A text, file or data set cannot be read or is too small."""
+
+
+class ModelError(UserError, ValueError):
+    """A model folder or hub name cannot be loaded, or is of an architecture this project cannot adapt."""
+
+
+class RunError(UserError):
+    """A run folder cannot be written, or exists already."""
+
+
+class TrainingStopped(UserError):
+    """An arm stopped itself because its losses were not finite; its state has been saved."""
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return `` (did you mean 'abr'?)`` for the nearest allowed word, or an empty string where none is near."""
+    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""

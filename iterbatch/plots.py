@@ -1,0 +1,98 @@
+"""Figures, from records only."""
+
+import os
+import statistics
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from iterbatch.record import BatchRecord, EvalRecord, read_records
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by colour-blind readers (Okabe, Ito)
+Arms = dict[str, list[Path]]  # strategy to the folders of its seeds
+
+
+def write(run_dir: Path, arms: Sequence[tuple[str, int]]) -> None:
+    """Draw ``ppl_vs_flops.png`` and ``repeats.png`` for the given (strategy, seed) pairs."""
+    folders: Arms = {}
+    for strategy, seed in arms:
+        folders.setdefault(strategy, []).append(run_dir / strategy / f"seed{seed}")
+    _perplexity(folders, run_dir / "ppl_vs_flops.png")
+    _repeats(folders, run_dir / "repeats.png")
+
+
+def _figure(width: float, height: float, columns: int = 1):
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _save(figure, path: Path) -> None:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_bytes(buffer.getvalue())
+    os.replace(scratch, path)
+
+
+def _perplexity(arms: Arms, path: Path) -> None:
+    figure, axes = _figure(6.4, 4.2)
+    for (strategy, folders), colour in zip(arms.items(), _colours(arms), strict=False):
+        curves = [[record for record in read_records(folder / "evals.jsonl", EvalRecord) if record.split == "validation"] for folder in folders]
+        points = list(zip(*curves, strict=False))  # one group a fraction of the budget, over seeds
+        gflops = [statistics.fmean(record.flops / 1e9 for record in group) for group in points]
+        values = np.array([[record.ppl for record in group] for group in points])
+        axes.plot(gflops, values.mean(axis=1), marker="o", markersize=4, color=colour, label=strategy)
+        if len(folders) > 1:
+            axes.fill_between(gflops, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+    axes.set_yscale("log")
+    _plain_ticks(axes)
+    axes.set_xlabel("training compute, GFLOPs")
+    axes.set_ylabel("validation perplexity (log scale)")
+    seeds = max(len(folders) for folders in arms.values())
+    axes.set_title("Perplexity against compute" + (f", mean and range of {seeds} seeds" if seeds > 1 else ""))
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _plain_ticks(axes) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=4))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _repeats(arms: Arms, path: Path) -> None:
+    figure, (over_time, by_loss) = _figure(9.6, 4.0, columns=2)
+    jitter = np.random.default_rng(0)
+    for place, ((strategy, folders), colour) in enumerate(zip(arms.items(), _colours(arms), strict=False)):
+        records = [list(read_records(folder / "batches.jsonl", BatchRecord)) for folder in folders]
+        length = min(map(len, records))
+        passes = np.array([[record.repeats_done for record in seed[:length]] for seed in records]).mean(axis=0)
+        over_time.plot(np.arange(length), _smooth(passes), color=colour, label=strategy)
+        losses = [record.initial_loss for seed in records for record in seed]
+        done = np.array([record.repeats_done for seed in records for record in seed])
+        offset = (place - (len(arms) - 1) / 2) * 0.12  # strategies side by side, so that none hides another
+        by_loss.scatter(losses, done + offset + jitter.uniform(-0.04, 0.04, len(done)), s=6, alpha=0.5, linewidths=0, color=colour)
+    over_time.set(xlabel="batch", ylabel="repeats (mean of 15 batches)", title="Repeats over training", ylim=(0.5, 5.5))
+    by_loss.set(xlabel="initial loss, nats a token", ylabel="repeats", title="Repeats against initial loss", ylim=(0.5, 5.5))
+    for axes in (over_time, by_loss):
+        axes.grid(alpha=0.25)
+        axes.set_yticks(range(1, 6))
+    over_time.legend(frameon=False, loc="upper right")
+    _save(figure, path)
+
+
+def _smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
+    """Centred moving mean; narrower at the ends."""
+    ones = np.ones(min(width, len(values)))
+    return np.convolve(values, ones, mode="same") / np.convolve(np.ones(len(values)), ones, mode="same")
+
+
+def _colours(arms: Arms) -> list[str]:
+    return [PALETTE[place % len(PALETTE)] for place in range(len(arms))]

@@ -1,0 +1,125 @@
+"""What a person at a terminal sees while a run goes and when it ends. Printing happens here and in :mod:`iterbatch.train` only."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from iterbatch.bench import Listener, Plan
+from iterbatch.config import BenchConfig
+from iterbatch.record import BatchRecord, EvalRecord
+from iterbatch.report import COLUMNS, StrategySummary, hint, plain
+
+
+class RichListener(Listener):
+    """Live progress: one bar an arm with loss, repeats, tokens a second and time left."""
+
+    def __init__(self, console: Console, config: BenchConfig) -> None:
+        self.console, self.config = console, config
+        self.arms = len(config.strategy.strategies) * len(config.training.seeds)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._started = 0
+        self._task: Any = None
+
+    def __enter__(self) -> "RichListener":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def note(self, message: str) -> None:
+        """Print it above the bars."""
+        self.console.print(Text(f"note: {plain(message)}", style="yellow"))
+
+    def planned(self, plan: Plan, run_dir: Path) -> None:
+        """Print what is about to happen."""
+        self.run_dir = run_dir
+        self.console.print(
+            Text(
+                f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trainable_parameters / 1e6:,.2f} M of them trained; {plan.blocks:,} blocks of "
+                f"{plan.max_length} tokens; {plan.batches:,} batches an arm, {self.arms} arm(s); to {run_dir}"
+            )
+        )
+
+    def arm_started(self, strategy: str, seed: int) -> None:
+        """Start its bar."""
+        self._started += 1
+        name = f"{strategy}, seed {seed} ({self._started}/{self.arms})"
+        self._task = self.progress.add_task(name, total=1.0, shown="")
+        self._tokens, self._seconds, self._passes, self._batches = 0, 0.0, 0, 0
+
+    def batch_done(self, record: BatchRecord, fraction: float) -> None:
+        """Move the bar."""
+        self._tokens += record.tokens * record.repeats_done
+        self._seconds += record.seconds
+        self._passes += record.repeats_done
+        self._batches += 1
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        shown = f"batch {record.batch + 1} loss {record.initial_loss:.3f} repeats {self._passes / self._batches:.2f} {rate:,.0f} tok/s"
+        if record.skipped_updates:
+            self.note(f"batch {record.batch}: loss or gradient not finite, update skipped")
+        self.progress.update(self._task, completed=min(fraction, 1.0), shown=shown)
+
+    def arm_done(self, result: dict[str, Any]) -> None:
+        """Leave its line with the result."""
+        ppl = "not finite" if result["val_ppl"] is None else f"{result['val_ppl']:.3f}"
+        self.progress.update(self._task, completed=1.0, shown=f"validation perplexity {ppl}, repeats {result['mean_repeats']:.2f}")
+        if result["stopped"]:
+            self.note(f"{result['strategy']} stopped early: {result['stopped']}")
+
+    def evaluated(self, record: EvalRecord) -> None:
+        """Show the first evaluation, the base's."""
+        if record.fraction == 0 and self._started == 1:
+            self.console.print(Text(f"validation perplexity before training: {record.ppl:,.3f}"))
+
+
+def result_table(summaries: list[StrategySummary]) -> Table:
+    """The table at the end of a run."""
+    table = Table(title="Result")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "strategy" else "right", overflow="fold")
+    for summary in summaries:
+        table.add_row(*summary.cells())
+    return table
+
+
+def print_result(console: Console, summaries: list[StrategySummary], run_dir: Path) -> None:
+    """Table, what to keep in mind, the folder, and what to try next."""
+    console.print(result_table(summaries))
+    if (note := hint(summaries)) is not None:
+        console.print(Text(note))
+    console.print(Text(f"Records, adapters, samples and figures are in {run_dir} (begin with summary.md)."))
+    console.print(Text(f'Next: iterbatch generate {run_dir} --prompt "The with statement"'))
+
+
+def plan_table(plan: Plan, config: BenchConfig) -> Table:
+    """What ``--dry_run`` prints."""
+    table = Table(title="Plan (one baseline arm; repeats come on top)", show_header=False)
+    rows = {
+        "parameters": f"{plan.parameters:,} ({plan.trainable_parameters:,} trained)",
+        "blocks": f"{plan.blocks:,} of {plan.max_length} tokens",
+        "batches": f"{plan.batches:,}",
+        "updates": f"{plan.batches:,}",
+        "tokens": f"{plan.tokens:,} label tokens",
+        "compute": f"{plan.flops / 1e9:,.1f} GFLOPs",
+        "price ratio of a repeat": f"{plan.price_ratio:.2f}",
+        "peak memory, estimated": f"{plan.memory_mb:,.0f} MB",
+        "scored tokens": ", ".join(f"{split} {tokens:,}" for split, tokens in plan.eval_tokens.items()),
+        "arms": f"{len(config.strategy.strategies)} strategies x {len(config.training.seeds)} seeds",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

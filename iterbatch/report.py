@@ -1,0 +1,177 @@
+"""A run's summary, from its records alone, so that it can be redone at any time and while a run is going."""
+
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iterbatch import plots
+from iterbatch.errors import RunError
+from iterbatch.record import write_json, write_text
+
+COLUMNS = (
+    "strategy",
+    "val. perplexity",
+    "test perplexity",
+    "batches",
+    "updates",
+    "mean repeats",
+    "GFLOPs",
+    "x baseline",
+    "train seconds",
+)
+
+
+@dataclass(frozen=True)
+class StrategySummary:
+    """One strategy over its seeds."""
+
+    strategy: str
+    rows: list[dict[str, Any]]
+    compute_ratio: float | None  # mean over seeds of FLOPs over the baseline's FLOPs; None without a baseline
+
+    def mean(self, key: str) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(row[key] for row in self.rows)
+
+    def cell(self, key: str, digits: int) -> str:
+        """Mean over seeds, with the standard deviation where there are several."""
+        values = [row[key] for row in self.rows if row[key] is not None]
+        if len(values) < len(self.rows):
+            return "not finite"
+        spread = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):,.{digits}f}{spread}"
+
+    def cells(self) -> list[str]:
+        """The row of the table at the end of a run."""
+        return [
+            self.strategy,
+            self.cell("val_ppl", 3),
+            self.cell("test_ppl", 3),
+            f"{self.mean('batches'):,.0f}",
+            f"{self.mean('updates'):,.0f}",
+            f"{self.mean('mean_repeats'):.2f}",
+            f"{self.mean('flops') / 1e9:,.0f}",
+            f"{self.compute_ratio:.2f}" if self.compute_ratio is not None else "-",
+            f"{self.mean('train_seconds'):,.1f}",
+        ]
+
+
+def read_results(run_dir: Path) -> list[dict[str, Any]]:
+    """The result of every finished arm and seed, in the order of the configuration.
+
+    Raises:
+        RunError: where a result cannot be read.
+    """
+    rows = []
+    for file in sorted(run_dir.glob("*/seed*/result.json")):
+        try:
+            rows.append(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as problem:
+            raise RunError(f"{file} is damaged ({problem}); delete its folder and train that arm again with --resume") from problem
+    order = _strategy_order(run_dir)
+    return sorted(rows, key=lambda row: (order.get(row["strategy"], len(order)), row["strategy"], row["seed"]))
+
+
+def _strategy_order(run_dir: Path) -> dict[str, int]:
+    import yaml
+
+    file = run_dir / "config.yaml"
+    names = yaml.safe_load(file.read_text(encoding="utf-8"))["strategies"] if file.exists() else []
+    return {name: place for place, name in enumerate(names)}
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[StrategySummary]:
+    """Group results by strategy; compute is compared with the baseline of the same seed."""
+    baseline = {row["seed"]: row["flops"] for row in rows if row["strategy"] == "baseline"}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["strategy"], []).append(row)
+    summaries = []
+    for strategy, members in groups.items():
+        ratios = [row["flops"] / baseline[row["seed"]] for row in members if row["seed"] in baseline]
+        summaries.append(StrategySummary(strategy, members, statistics.fmean(ratios) if len(ratios) == len(members) else None))
+    return summaries
+
+
+def hint(summaries: list[StrategySummary]) -> str | None:
+    """What the reader must keep in mind where the arms did not cost the same."""
+    ratios = [summary.compute_ratio for summary in summaries if summary.compute_ratio is not None]
+    if not ratios or max(ratios) < 1.02:
+        return None
+    return (
+        "The arms spent different amounts of compute, so a lower perplexity here is no proof that repeating pays. "
+        "`--match flops` gives every arm what the baseline costs."
+    )
+
+
+def write(run_dir: Path) -> list[StrategySummary]:
+    """Write ``summary.json``, ``summary.md`` and the figures from what the run has left so far."""
+    rows = read_results(run_dir)
+    write_json(run_dir / "summary.json", rows)
+    summaries = summarise(rows)
+    write_text(run_dir / "summary.md", _page(run_dir, summaries))
+    if rows:
+        plots.write(run_dir, [(row["strategy"], row["seed"]) for row in rows])
+    return summaries
+
+
+def _page(run_dir: Path, summaries: list[StrategySummary]) -> str:
+    seeds = max((len(summary.rows) for summary in summaries), default=0)
+    lines = [f"# {plain(run_dir.name)}", ""]
+    if not summaries:
+        return "\n".join([*lines, "No arm is finished yet.", ""])
+    base = summaries[0].rows[0]["base_val_ppl"]
+    lines += [f"Validation perplexity before training: {base:,.3f}. Perplexity is exp(total nats / total tokens).", ""]
+    lines += [f"Seeds: {seeds}. Where there are several, mean ± standard deviation over seeds.", ""] if seeds > 1 else []
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(summary.cells()) + " |" for summary in summaries]
+    lines += ["", *_stopped(summaries)]
+    if (note := hint(summaries)) is not None:
+        lines += [note, ""]
+    lines += ["## Text", "", *_text_table(summaries), ""]
+    lines += ["## Samples", ""]
+    lines += [f"- [{summary.strategy}, seed {row['seed']}]({summary.strategy}/seed{row['seed']}/samples.md)" for summary in summaries for row in summary.rows]
+    lines += ["", "![Validation perplexity against compute](ppl_vs_flops.png)", "", "![Repeats](repeats.png)", ""]
+    return "\n".join(lines)
+
+
+def _stopped(summaries: list[StrategySummary]) -> list[str]:
+    rows = [row for summary in summaries for row in summary.rows]
+    lines = [f"**{row['strategy']}, seed {row['seed']}, stopped early**: {row['stopped']}." for row in rows if row.get("stopped")]
+    skipped = [f"{row['strategy']} seed {row['seed']}: {row['skipped_updates']}" for row in rows if row["skipped_updates"]]
+    lines += [f"Updates skipped because a loss or gradient was not finite: {', '.join(skipped)}."] if skipped else []
+    return [line for text in lines for line in (text, "")]
+
+
+def _text_table(summaries: list[StrategySummary]) -> list[str]:
+    names = ("distinct_1", "distinct_2", "rep_4", "mean_length")
+    lines = ["| strategy | decoding | distinct-1 | distinct-2 | rep-4 | mean length, tokens |", "| --- | --- | --- | --- | --- | --- |"]
+    for summary in summaries:
+        for decoding in ("greedy", "sampled"):
+            values = [statistics.fmean(row["text"][decoding][name] for row in summary.rows) for name in names]
+            lines.append(f"| {summary.strategy} | {decoding} | " + " | ".join(f"{value:.3f}" for value in values[:3]) + f" | {values[3]:.1f} |")
+    return [*lines, "", "Five prompts an arm: too few for more than a glance."]
+
+
+def samples_page(title: str, content: dict[str, Any]) -> str:
+    """The continuations of the fixed prompts, the base's beside the trained model's, as Markdown in which no text of theirs is live."""
+    lines = [f"# Samples: {plain(title)}", "", "Each text is the prompt's continuation. Greedy takes the likeliest token, sampled draws with a fixed seed.", ""]
+    for number, prompt in enumerate(content["prompts"]):
+        lines += [f"## Prompt {number + 1}", "", *_code(prompt), ""]
+        for decoding in ("greedy", "sampled"):
+            for who in ("base", "trained"):
+                lines += [f"**{who}, {decoding}**", "", *_code(content[who][decoding]["texts"][number]), ""]
+    return "\n".join(lines)
+
+
+def _code(text: str) -> list[str]:
+    """An indented code block: Markdown and HTML in it stay text."""
+    return [f"    {line}" for line in plain(text).splitlines() or [""]]
+
+
+def plain(text: str) -> str:
+    """Text without control characters (but for line breaks), so that it is inert in a terminal too."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", " ", text)

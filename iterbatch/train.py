@@ -1,0 +1,230 @@
+"""The command line: flags to a configuration to a run. ``iterbatch train``, ``iterbatch generate``; ``train.py`` in the root is the first of them."""
+
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from iterbatch.config import (
+    BenchConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    StrategyConfig,
+    TrainingConfig,
+    check,
+    knobs,
+)
+from iterbatch.errors import ConfigError, UserError, did_you_mean
+
+COMMANDS = ("train", "generate")
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+Group = tyro.conf.OmitArgPrefixes
+
+
+@dataclass(frozen=True)
+class _TrainFlags:
+    """Train LLaMA + LoRA with every strategy and compare perplexity and cost.
+
+    Without any flag: four strategies on the bundled model and text, offline, in a few minutes on a laptop.
+    """
+
+    model: Group[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
+    data: Group[DataConfig] = dataclasses.field(default_factory=DataConfig)
+    training: Group[TrainingConfig] = dataclasses.field(default_factory=TrainingConfig)
+    strategy: Group[StrategyConfig] = dataclasses.field(default_factory=StrategyConfig)
+    run: Group[RunConfig] = dataclasses.field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """Continue a text with a trained adapter."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of a run, as printed at its end."""
+    prompt: str
+    """Text to continue."""
+    strategy: str | None = None
+    """Whose adapter; without it the one with the lowest validation perplexity."""
+    seed: int | None = None
+    """Adapter of this seed."""
+    new_tokens: int = 60
+    """Tokens to write; >= 1."""
+    greedy: bool = False
+    """Take the likeliest token each time instead of drawing."""
+    temperature: float = 0.8
+    """Sampling temperature; > 0."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens of this total probability; 0 < p <= 1."""
+    sampling_seed: int = 0
+    """Seed of the draws; >= 0."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a Windows console may not be UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    console, errors = Console(width=_width()), Console(stderr=True, width=_width())
+    try:
+        return _dispatch(arguments, console)
+    except UserError as problem:
+        errors.print(Text("error: ", style="bold red"), Text(str(problem)), sep="")
+        return EXIT_BAD_INPUT
+    except OSError as problem:
+        errors.print(Text("error: ", style="bold red"), Text(f"{problem.filename or 'a file'}: {problem.strerror or problem}"), sep="")
+        return EXIT_BAD_INPUT
+
+
+def _width() -> int | None:
+    """The terminal's own width; a pipe gets lines wide enough for the table."""
+    return None if sys.stdout.isatty() else 120
+
+
+def _dispatch(arguments: list[str], console: Console) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("--version", "-V"):
+        from iterbatch import __version__
+
+        console.print(f"iterbatch {__version__}")
+        return 0
+    if command in ("--help", "-h"):
+        console.print("usage: iterbatch {train,generate} [flags]\n", markup=False)
+        console.print("  train     train LLaMA + LoRA with every strategy and compare perplexity and cost\n  generate  continue a text with a trained adapter")
+        console.print("\niterbatch train --help lists the flags; iterbatch train without flags runs offline in a few minutes.")
+        return 0
+    if command not in COMMANDS:
+        raise ConfigError(f"unknown command '{command}'; choose from {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
+    return _train(rest, console) if command == "train" else _generate(rest, console)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def parse_config(arguments: Sequence[str]) -> BenchConfig:
+    """Flags, and the YAML file they may name, to a checked configuration. Flags override the file.
+
+    Raises:
+        ConfigError: with all problems of the configuration.
+        SystemExit: with code 2 for a flag that does not exist or a value of another type, 0 for ``--help``.
+    """
+    parsed = _cli(_TrainFlags, arguments)
+    if parsed.run.config is not None:
+        parsed = _cli(_TrainFlags, [*_file_arguments(parsed.run.config), *arguments])
+    config = BenchConfig(parsed.model, parsed.data, parsed.training, parsed.strategy, parsed.run)
+    check(config)
+    return config
+
+
+def _cli(kind: Any, arguments: Sequence[str]) -> Any:
+    name = "iterbatch generate" if kind is GenerateFlags else "iterbatch train"
+    return tyro.cli(kind, args=list(arguments), prog=name, use_underscores=True)
+
+
+def _file_arguments(path: Path) -> list[str]:
+    """A YAML file as the flags it stands for, so that both are parsed and checked by the same code."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ConfigError(f"--config {path} cannot be read: {problem.strerror}") from problem
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(problem).split())}") from problem
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} holds a {type(content).__name__}; write one 'flag: value' a line")
+    known = knobs()
+    unknown = [f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}" for key in content if key not in known or key == "config"]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    return [word for key, value in content.items() for word in _flag_words(key, value)]
+
+
+def _flag_words(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no_{key}"]
+    return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}", str(value)]
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def _train(arguments: list[str], console: Console) -> int:
+    config = parse_config(arguments)
+    _quiet_libraries()
+    from iterbatch import bench, progress, report
+
+    if config.run.dry_run:
+        prepared, plan = bench.plan(config)
+        console.print(Text(config.to_yaml()))
+        for note in prepared.corpus.notes:
+            console.print(Text(f"note: {report.plain(note)}"))
+        console.print(progress.plan_table(plan, config))
+        return 0
+    listener = progress.RichListener(console, config)
+    try:
+        with listener:
+            run_dir = bench.run(config, listener)
+    except KeyboardInterrupt:
+        _say_how_to_go_on(console, getattr(listener, "run_dir", None))
+        return EXIT_INTERRUPTED
+    progress.print_result(console, report.write(run_dir), run_dir)
+    return 0
+
+
+def _say_how_to_go_on(console: Console, run_dir: Path | None) -> None:
+    if run_dir is None:
+        console.print("Interrupted before the run began.")
+        return
+    command = f"iterbatch train --config {run_dir / 'config.yaml'} --run_name {run_dir.name} --resume"
+    console.print(Text(f"Interrupted. All records are in {run_dir}. To go on (finished arms are kept, the one cut off starts anew):\n  {command}"))
+
+
+def _generate(arguments: list[str], console: Console) -> int:
+    flags: GenerateFlags = _cli(GenerateFlags, arguments)
+    problems = []
+    if flags.new_tokens < 1:
+        problems.append(f"--new_tokens is {flags.new_tokens}; it must be at least 1")
+    if not flags.temperature > 0:
+        problems.append(f"--temperature is {flags.temperature}; it must be above 0")
+    if not 0 < flags.top_p <= 1:
+        problems.append(f"--top_p is {flags.top_p}; it must be above 0 and at most 1")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    _quiet_libraries()
+    from iterbatch import bench, report
+    from iterbatch.evaluate import Sampling
+
+    sampling = Sampling(flags.new_tokens, flags.temperature, flags.top_p, flags.sampling_seed)
+    text = bench.continue_text(flags.run_dir, flags.prompt, sampling, strategy=flags.strategy, seed=flags.seed, greedy=flags.greedy)
+    console.print(Text(report.plain(text)), soft_wrap=True)
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice off the screen; their errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(peft|accelerate|transformers|torch|huggingface_hub)\b.*")
+    import logging
+
+    for name in ("huggingface_hub", "datasets", "transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def entry_point() -> None:
+    """The console script ``iterbatch``."""
+    raise SystemExit(main())
+

@@ -1,0 +1,8 @@
+"""The original experiment's command, from a fresh clone: ``python train.py --model llama …`` equals ``iterbatch train …``."""
+
+import sys
+
+from iterbatch.train import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["train", *sys.argv[1:]]))
