@@ -261,9 +261,9 @@ def _choice_problems(config: BenchConfig) -> list[str]:
     from iterbatch.strategy import STRATEGIES
 
     names, seeds, problems = config.strategy.strategies, config.training.seeds, []
-    for name in names:
-        if name not in STRATEGIES:
-            problems.append(f"unknown strategy '{name}'; choose from {', '.join(STRATEGIES)}{did_you_mean(name, STRATEGIES)}")
+    problems += [
+        f"unknown strategy '{name}'; choose from {', '.join(STRATEGIES)}{did_you_mean(name, STRATEGIES)}" for name in names if name not in STRATEGIES
+    ]
     for label, values in (("strategies", names), ("seeds", seeds), ("lora_targets", config.model.lora_targets)):
         if not values:
             problems.append(f"--{label} is empty; give at least one")
@@ -301,5 +301,6 @@ def adapted_layers(spec: str, layers: int) -> list[int]:
     else:
         first, last = (int(part) for part in spec.split("-"))
     if not 0 <= first <= last < layers:
-        raise ConfigError(f"--lora_layers is '{spec}'; the model has {layers} layers: allowed are all, top:1 to top:{layers}, and I-J within 0-{layers - 1}")
+        allowed = f"all, top:1 to top:{layers}, and I-J within 0-{layers - 1}"
+        raise ConfigError(f"--lora_layers is '{spec}'; the model has {layers} layers: allowed are {allowed}")
     return list(range(first, last + 1))

@@ -347,7 +347,7 @@ def _read_hub(dataset: str, config: str | None, chat_template: ChatTemplate | No
     config = config or hub.config
     datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(hub.name, config)
+        loaded: Any = datasets.load_dataset(hub.name, config)
     except Exception as problem:  # connection, missing name, missing configuration: each library layer has its own class
         raise DataError(unreachable_dataset(hub.name, problem)) from problem
     splits: dict[str, list[Document]] = {}
@@ -368,4 +368,3 @@ def unreachable_dataset(name: str, problem: BaseException) -> str:
         f"the data set '{name}' could not be read from the hub ({type(problem).__name__}: {str(problem).splitlines()[0][:200]}). "
         "Without a hub, point --data_dir at a local file or folder: .txt, .tokens/.raw (WikiText form), .jsonl, .csv or .parquet"
     )
-

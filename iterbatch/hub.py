@@ -1,4 +1,4 @@
-"""A quick word with the hub before any long work: is this name there, here or not to be had?"""
+"""A quick word with the hub before any long work: whether a name can be had."""
 
 import os
 from pathlib import Path

@@ -57,4 +57,3 @@ def fit(
             evaluated = reached
             watcher.evaluate(reached / evals)
     return None
-

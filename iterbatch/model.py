@@ -82,7 +82,7 @@ def load_base(config: BenchConfig) -> Base:
     if not len(tokenizer) or tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of '{path}' has no {'tokens' if not len(tokenizer) else 'end-of-text token'}. {_LOCAL_HINT}")
     if len(tokenizer) > base_config.vocab_size:
-        raise ModelError(f"the tokenizer of '{path}' has {len(tokenizer)} tokens, the model only {base_config.vocab_size}; they do not belong together")
+        raise ModelError(f"the tokenizer of '{path}' has {len(tokenizer)} tokens, the model {base_config.vocab_size}; they do not belong together")
     base = Base(path, base_config, tokenizer, resolve_dtype(config.model.dtype))
     _check_fit(config, base)
     return base
@@ -176,13 +176,15 @@ def _load_weights(base: Base, config: ModelConfig) -> Any:
 
     options: dict[str, Any] = {"dtype": getattr(torch, base.dtype), "attn_implementation": "sdpa", "trust_remote_code": config.trust_remote_code}
     if config.load_in:
-        bits = {"load_in_8bit": config.load_in == "8bit", "load_in_4bit": config.load_in == "4bit"}
-        options["quantization_config"] = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=getattr(torch, base.dtype))
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=config.load_in == "8bit", load_in_4bit=config.load_in == "4bit", bnb_4bit_compute_dtype=getattr(torch, base.dtype)
+        )
     try:
         with _quiet_loading():
-            model, report = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, weights_only=True, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, weights_only=True, **options)
     except Exception as problem:  # safetensors, OSError and RuntimeError for truncated, missing or mismatched files
         raise ModelError(f"the weights of '{base.path}' cannot be loaded: {_first_line(problem)}. {_LOCAL_HINT}") from problem
+    model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
         raise ModelError(f"the weights of '{base.path}' lack {len(missing)} tensors, the first is '{missing[0]}'. {_LOCAL_HINT}")
@@ -249,7 +251,7 @@ def flop_model(model: Any, checkpointing: bool = False) -> FlopModel:
     config = model.config
     layers = [module for module in model.modules() if all(hasattr(module, part) for part in ("self_attn", "mlp", "input_layernorm"))]
     if len(layers) != config.num_hidden_layers:
-        raise ModelError(f"found {len(layers)} LLaMA layers in a '{config.model_type}' model of {config.num_hidden_layers}; supported are {SUPPORTED}")
+        raise ModelError(f"found {len(layers)} LLaMA layers in a '{config.model_type}' model of {config.num_hidden_layers} layers")
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shapes = [_layer_shape(layer, config.num_attention_heads * width) for layer in layers]
     return FlopModel.of(shapes, config.hidden_size, config.vocab_size, checkpointing)
@@ -260,9 +262,10 @@ def _layer_shape(layer: nn.Module, score_width: int) -> LayerShape:
 
     def projection(name: str) -> tuple[int, int, int]:
         owner: Any = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
-        module = getattr(owner, name)
-        rank = next(iter(module.r.values()), 0) if isinstance(module, LoraLayer) else 0
-        return module.in_features, module.out_features, rank
+        module: Any = getattr(owner, name)
+        rank: int = next(iter(module.r.values()), 0) if isinstance(module, LoraLayer) else 0
+        linear: Any = module
+        return linear.in_features, linear.out_features, rank
 
     groups = [tuple(projection(name) for name in group) for group in GROUPS]
     return LayerShape(*groups, score_width=score_width)

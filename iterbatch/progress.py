@@ -8,8 +8,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from iterbatch.bench import Listener, Plan
+from iterbatch.arm import Listener
 from iterbatch.config import BenchConfig
+from iterbatch.prepare import Plan
 from iterbatch.record import BatchRecord, EvalRecord
 from iterbatch.report import COLUMNS, StrategySummary, hint, plain
 

@@ -133,7 +133,8 @@ def _page(run_dir: Path, summaries: list[StrategySummary]) -> str:
         lines += [note, ""]
     lines += ["## Text", "", *_text_table(summaries), ""]
     lines += ["## Samples", ""]
-    lines += [f"- [{summary.strategy}, seed {row['seed']}]({summary.strategy}/seed{row['seed']}/samples.md)" for summary in summaries for row in summary.rows]
+    arms = [(summary.strategy, row["seed"]) for summary in summaries for row in summary.rows]
+    lines += [f"- [{strategy}, seed {seed}]({strategy}/seed{seed}/samples.md)" for strategy, seed in arms]
     lines += ["", "![Validation perplexity against compute](ppl_vs_flops.png)", "", "![Repeats](repeats.png)", ""]
     return "\n".join(lines)
 
@@ -158,7 +159,8 @@ def _text_table(summaries: list[StrategySummary]) -> list[str]:
 
 def samples_page(title: str, content: dict[str, Any]) -> str:
     """The continuations of the fixed prompts, the base's beside the trained model's, as Markdown in which no text of theirs is live."""
-    lines = [f"# Samples: {plain(title)}", "", "Each text is the prompt's continuation. Greedy takes the likeliest token, sampled draws with a fixed seed.", ""]
+    how = "Each text is the prompt's continuation. Greedy takes the likeliest token, sampled draws with a fixed seed."
+    lines = [f"# Samples: {plain(title)}", "", how, ""]
     for number, prompt in enumerate(content["prompts"]):
         lines += [f"## Prompt {number + 1}", "", *_code(prompt), ""]
         for decoding in ("greedy", "sampled"):

@@ -107,7 +107,7 @@ class TrainingStep:
 
     @property
     def price_ratio(self) -> float:
-        """rho of the current batch."""
+        """Price ratio rho of the current batch."""
         return self.flop_model.price_ratio(self._batch.shapes)
 
     def snapshot(self) -> dict[str, Tensor]:

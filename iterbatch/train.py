@@ -100,7 +100,8 @@ def _dispatch(arguments: list[str], console: Console) -> int:
         return 0
     if command in ("--help", "-h"):
         console.print("usage: iterbatch {train,generate} [flags]\n", markup=False)
-        console.print("  train     train LLaMA + LoRA with every strategy and compare perplexity and cost\n  generate  continue a text with a trained adapter")
+        console.print("  train     train LLaMA + LoRA with every strategy and compare perplexity and cost")
+        console.print("  generate  continue a text with a trained adapter")
         console.print("\niterbatch train --help lists the flags; iterbatch train without flags runs offline in a few minutes.")
         return 0
     if command not in COMMANDS:
@@ -164,10 +165,10 @@ def _flag_words(key: str, value: Any) -> list[str]:
 def _train(arguments: list[str], console: Console) -> int:
     config = parse_config(arguments)
     _quiet_libraries()
-    from iterbatch import bench, progress, report
+    from iterbatch import bench, prepare, progress, report
 
     if config.run.dry_run:
-        prepared, plan = bench.plan(config)
+        prepared, plan = prepare.plan(config)
         console.print(Text(config.to_yaml()))
         for note in prepared.corpus.notes:
             console.print(Text(f"note: {report.plain(note)}"))
@@ -180,7 +181,7 @@ def _train(arguments: list[str], console: Console) -> int:
     except KeyboardInterrupt:
         _say_how_to_go_on(console, getattr(listener, "run_dir", None))
         return EXIT_INTERRUPTED
-    progress.print_result(console, report.write(run_dir), run_dir)
+    progress.print_result(console, report.summarise(report.read_results(run_dir)), run_dir)
     return 0
 
 
@@ -204,11 +205,11 @@ def _generate(arguments: list[str], console: Console) -> int:
     if problems:
         raise ConfigError("\n".join(problems))
     _quiet_libraries()
-    from iterbatch import bench, report
-    from iterbatch.evaluate import Sampling
+    from iterbatch import report
+    from iterbatch.generate import Sampling, continue_text
 
     sampling = Sampling(flags.new_tokens, flags.temperature, flags.top_p, flags.sampling_seed)
-    text = bench.continue_text(flags.run_dir, flags.prompt, sampling, strategy=flags.strategy, seed=flags.seed, greedy=flags.greedy)
+    text = continue_text(flags.run_dir, flags.prompt, sampling, strategy=flags.strategy, seed=flags.seed, greedy=flags.greedy)
     console.print(Text(report.plain(text)), soft_wrap=True)
     return 0
 
@@ -217,7 +218,8 @@ def _quiet_libraries() -> None:
     """Keep other libraries' progress bars and advice off the screen; their errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(peft|accelerate|transformers|torch|huggingface_hub)\b.*")
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(peft|accelerate|transformers|torch|huggingface_hub)\b.*")
     import logging
 
     for name in ("huggingface_hub", "datasets", "transformers", "accelerate"):
@@ -227,4 +229,3 @@ def _quiet_libraries() -> None:
 def entry_point() -> None:
     """The console script ``iterbatch``."""
     raise SystemExit(main())
-

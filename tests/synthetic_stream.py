@@ -36,8 +36,7 @@ class SyntheticStep:
     def draw(self):
         inputs = self.random.normal(size=(ROWS, DIMENSIONS)) * np.sqrt(self.spectrum)
         noise = self.random.uniform(*self.noise) * self.random.normal(size=ROWS)
-        batch = Draw(inputs, inputs @ self.target + noise)
-        return batch
+        return Draw(inputs, inputs @ self.target + noise)
 
     def move_target(self):
         self.target = self.target + self.drift * self.random.normal(size=DIMENSIONS) / np.sqrt(DIMENSIONS)

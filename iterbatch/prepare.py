@@ -1,0 +1,122 @@
+"""Model and text checked and made ready, and what a run will cost, before anything is trained."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from iterbatch import hub
+from iterbatch.config import BenchConfig
+from iterbatch.data_loader import BatchStream, EvalText, prepare_blocks, prepare_eval
+from iterbatch.documents import NAMED, Corpus, read_corpus, unreachable_dataset
+from iterbatch.errors import ConfigError, UserError
+from iterbatch.model import Base, flop_model, load_base, load_model, memory_estimate_mb
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Text and tokenizer, ready; no weights yet."""
+
+    config: BenchConfig
+    base: Base
+    corpus: Corpus
+    blocks: Any  # (blocks, length) token ids, memory-mapped
+    texts: dict[str, EvalText]  # validation and test
+
+
+def prepare(config: BenchConfig) -> Prepared:
+    """Check the model and the text, and cut the text into blocks.
+
+    Raises:
+        UserError: with every problem that can be known before long work.
+    """
+    base, problems = None, _tracker_problems(config)
+    try:
+        base = load_base(config)
+    except UserError as problem:
+        problems.append(str(problem))
+    if (problem := _dataset_problem(config)) is not None:
+        problems.append(problem)
+    if problems or base is None:
+        raise ConfigError("\n".join(problems))
+    tokenizer, data = base.tokenizer, config.data
+    template = _chat_template(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    corpus = read_corpus(data.dataset, dataset_config=data.dataset_config, data_dir=data.data_dir, chat_template=template)
+    blocks = prepare_blocks(corpus.splits["train"], tokenizer, config.max_length, data.max_train_tokens, data_key=corpus.digest())
+    texts = {split: prepare_eval(corpus.splits[split], tokenizer, config.max_length, data.max_eval_tokens) for split in ("validation", "test")}
+    return Prepared(config, base, corpus, blocks, texts)
+
+
+def _chat_template(tokenizer: Any) -> Any:
+    return lambda messages: tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def _tracker_problems(config: BenchConfig) -> list[str]:
+    package = {"comet_ml": "comet_ml", "tensorboard": "tensorboard"}
+    return [
+        f"--log_with {name} needs its package: pip install {name}"
+        for name in config.run.log_with
+        if name != "none" and importlib.util.find_spec(package.get(name, name)) is None
+    ]
+
+
+def _dataset_problem(config: BenchConfig) -> str | None:
+    """A word with the hub where the text comes from there; the text itself is read later."""
+    known = NAMED.get(config.data.dataset)
+    name = known.name if known else config.data.dataset
+    if config.data.data_dir is not None or "/" not in name or hub.dataset_in_cache(name):
+        return None
+    problem = hub.problem_with(name, "dataset")
+    return None if problem is None else unreachable_dataset(name, problem)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before anything is trained. Counts are of one baseline arm."""
+
+    batches: int
+    tokens: int  # label tokens
+    flops: float
+    blocks: int
+    max_length: int
+    eval_tokens: dict[str, int]
+    trainable_parameters: int
+    parameters: int
+    memory_mb: float
+    price_ratio: float
+
+
+def make_plan(prepared: Prepared, model: Any, processes: int = 1) -> Plan:
+    """Count what a baseline arm will do and cost."""
+    config = prepared.config
+    stream = make_stream(prepared, seed=0, rank=0, world=processes)
+    flops, tokens = flop_model(model, config.model.gradient_checkpointing), 0
+    epoch_flops = 0.0
+    for start in range(0, len(prepared.blocks), stream.batch_rows):
+        rows = min(stream.batch_rows, len(prepared.blocks) - start)
+        epoch_flops += flops.fresh([(rows, config.max_length)])
+        tokens += rows * (config.max_length - 1)
+    epochs = config.training.epochs
+    return Plan(
+        batches=stream.batches_per_epoch * epochs,
+        tokens=tokens * epochs,
+        flops=epoch_flops * epochs,
+        blocks=len(prepared.blocks),
+        max_length=config.max_length,
+        eval_tokens={split: text.tokens for split, text in prepared.texts.items()},
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in model.parameters()),
+        memory_mb=memory_estimate_mb(model, config.training.batch_size, config.max_length),
+        price_ratio=flops.price_ratio([(config.training.batch_size, config.max_length)]),
+    )
+
+
+def plan(config: BenchConfig) -> tuple[Prepared, Plan]:
+    """Resolve everything and train nothing: what ``--dry_run`` shows. The model is built without storage."""
+    prepared = prepare(config)
+    return prepared, make_plan(prepared, load_model(prepared.base, config.model, meta=True))
+
+
+def make_stream(prepared: Prepared, seed: int, rank: int, world: int) -> BatchStream:
+    """The batches of a seed, for one of ``world`` processes."""
+    training = prepared.config.training
+    return BatchStream(prepared.blocks, training.batch_size, training.grad_accum, seed, rank=rank, world=world)

@@ -1,0 +1,37 @@
+"""The processes of a run, through Accelerate: one, or several that share each batch."""
+
+from pathlib import Path
+from typing import Any
+
+from iterbatch.config import BenchConfig
+
+
+def make_accelerator(precision: str, config: BenchConfig | None = None, run_dir: Path | None = None) -> Any:
+    """Accelerate with the precision of this run, whatever an earlier run of this process had, and with trackers where asked for."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # mixed precision is global to a process in Accelerate; runs of one process may differ
+    trackers: Any = [name for name in config.run.log_with if name != "none"] if config and run_dir else []
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=str(run_dir) if run_dir else None)
+    if trackers and config is not None:
+        flat = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.flat().items()}
+        accelerator.init_trackers("tracking", config=flat)
+    return accelerator
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, in every process."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    if PartialState().num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
