@@ -166,9 +166,16 @@ def load_model(base: Base, config: ModelConfig, *, seed: int = 0, meta: bool = F
     torch.manual_seed(seed)
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=True)
     if config.gradient_checkpointing and not meta:
-        # Non-reentrant: the backward still stops at the lowest adapter, without a gradient forced upon the embeddings.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(model)
     return adapted
+
+
+def _checkpoint(model: Any) -> None:
+    """Recompute activations in the backward pass, down to the lowest adapter and no further."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the older name
+    enable({"use_reentrant": False})
+    # Transformers forces a gradient upon the embeddings, which the reentrant kind needs; here it would make every frozen layer pay a backward.
+    model.disable_input_require_grads()
 
 
 def _load_weights(base: Base, config: ModelConfig) -> Any:

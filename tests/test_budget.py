@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from iterbatch.budget import Allowance, FlopModel, Ledger
+from iterbatch.config import make_config
+from iterbatch.model import flop_model, load_base, load_model
+
+ROWS, LENGTH = 2, 64
+
+
+def _counted(model, backward):
+    """FLOPs as torch counts them. The plain attention kernel is used because torch has no count for the fused one on CPU."""
+    ids = torch.randint(0, 4096, (ROWS, LENGTH))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        if backward:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"lora_layers": "top:2"},
+        {"lora_layers": "top:1"},
+        {"lora_layers": "3-5"},
+        {"lora_rank": 64, "lora_layers": "top:4"},
+        {"lora_targets": ["q_proj", "v_proj"], "lora_layers": "top:3"},
+        {"lora_targets": ["down_proj"], "lora_layers": "top:1"},
+        {"gradient_checkpointing": True, "lora_layers": "top:4"},
+    ],
+    ids=str,
+)
+def test_flop_model_agrees_with_torch(flags):
+    config = make_config(dtype="float32", **flags)
+    model = load_model(load_base(config), config.model)
+    model.train()
+    ours = flop_model(model, config.model.gradient_checkpointing)
+    shapes = [(ROWS, LENGTH)]
+    assert ours.fresh(shapes) == pytest.approx(_counted(model, backward=True), rel=0.02)
+    if not config.model.gradient_checkpointing:
+        with torch.no_grad():
+            assert ours.forward(shapes) == pytest.approx(_counted(model, backward=False), rel=0.02)
+
+
+def test_planning_needs_no_weights():
+    config = make_config(lora_layers="top:2")
+    base = load_base(config)
+    planned, loaded = flop_model(load_model(base, config.model, meta=True)), flop_model(load_model(base, config.model))
+    assert planned == loaded
+
+
+def test_top_layers_cost_less_and_a_repeat_costs_a_fresh_pass():
+    costs = {}
+    for layers in ("all", "top:4", "top:2"):
+        config = make_config(lora_layers=layers)
+        model = flop_model(load_model(load_base(config), config.model, meta=True))
+        costs[layers] = model.fresh([(4, 256)])
+        assert model.price_ratio([(4, 256)]) == 1.0  # the frozen prefix is computed again
+    assert costs["top:2"] < costs["top:4"] < costs["all"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "amount", "spent", "fraction", "affords"),
+    [
+        ("epochs", 10, {"batches": 5}, 0.5, True),
+        ("epochs", 10, {"batches": 10}, 1.0, True),  # counted in epochs a repeat is free
+        ("flops", 100.0, {"flops_fresh": 60.0, "flops_repeat": 20.0, "flops_probe": 5.0}, 0.85, True),
+        ("flops", 100.0, {"flops_fresh": 91.0}, 0.91, False),  # a repeat costs 10
+        ("updates", 10, {"updates": 8, "skipped_updates": 1}, 0.9, True),
+        ("updates", 10, {"updates": 10}, 1.0, False),
+        ("tokens", 100, {"tokens_trained": 95}, 0.95, False),  # a batch has 7 tokens
+        ("seconds", 10.0, {"train_seconds": 5.0}, 0.5, True),
+    ],
+)
+def test_allowance(unit, amount, spent, fraction, affords):
+    ledger, allowance = Ledger(**spent), Allowance(unit, amount, 10)
+    assert allowance.fraction(ledger) == pytest.approx(fraction)
+    assert allowance.affords(ledger, repeat_flops=10.0, label_tokens=7) is affords
+
+
+def test_allowance_ends_at_the_nearest_pass_and_the_schedule_never_passes_one():
+    allowance = Allowance("flops", 100.0, 10)
+    assert not allowance.exhausted(Ledger(flops_fresh=94.0))
+    assert allowance.exhausted(Ledger(flops_fresh=96.0))
+    assert 0 < allowance.schedule_fraction(Ledger()) < allowance.schedule_fraction(Ledger(flops_fresh=50.0)) < 1
+    assert allowance.schedule_fraction(Ledger(flops_fresh=120.0)) == 1
+
+
+@pytest.mark.parametrize(("unit", "amount"), [("hours", 1.0), ("flops", 0.0), ("flops", float("nan"))])
+def test_allowance_refuses_what_pays_for_nothing(unit, amount):
+    with pytest.raises(ValueError, match=r"unknown budget unit|pays for nothing"):
+        Allowance(unit, amount, 1)
+
+
+def test_ledger_state_and_clock():
+    ledger = Ledger(batches=3, flops_probe=2.0)
+    with ledger.clock():
+        sum(range(10_000))
+    copy = Ledger()
+    copy.load_state_dict(ledger.state_dict())
+    assert copy == ledger
+    assert ledger.train_seconds > 0
+
+
+def test_a_model_without_adapters_has_no_backward():
+    model = FlopModel.of([], hidden=4, vocabulary=8)
+    assert model.forward([(1, 1)]) == 64
