@@ -81,12 +81,12 @@ class TrainingStep:
         self.flop_model, self.ledger, self.allowance, self.settings = flop_model, ledger, allowance, settings
         self.learning_rate = 0.0
         self._parameters = list(adapter_parameters(model).values())
+        self._recorded = (ledger.flops, ledger.skipped_updates)  # as of the last record
 
     # -- what a strategy uses ----------------------------------------------------------------------------------------------------------
 
     def __call__(self, batch: Batch) -> float:
         """Fresh pass on a new batch, and its update. Returns the initial loss, mean nats a label token."""
-        self._start = self.ledger.state_dict()
         self._batch = self._place(batch)
         self._label_tokens = self._total(batch.label_tokens)
         loss, self._gradient_norm = self._pass()
@@ -126,9 +126,12 @@ class TrainingStep:
         return float(self._reduced(nats)) / self._total(batch.label_tokens)
 
     def record(self, losses: list[float], planned: int) -> BatchRecord:
-        """The record of the current batch; seconds are filled in by the loop, whose clock is still running."""
-        before, after = self._start, self.ledger
-        flops_before = before["flops_fresh"] + before["flops_repeat"] + before["flops_probe"]
+        """The record of the current batch, with all that was charged since the last record, a probe before its fresh pass included.
+
+        Seconds are filled in by the loop, whose clock is still running.
+        """
+        flops, skipped = self._recorded
+        self._recorded = (self.ledger.flops, self.ledger.skipped_updates)
         return BatchRecord(
             batch=self._batch.index,
             epoch=self._batch.epoch,
@@ -139,9 +142,9 @@ class TrainingStep:
             learning_rate=self.learning_rate,
             gradient_norm=self._gradient_norm,
             tokens=self._label_tokens,
-            flops=after.flops - flops_before,
+            flops=self.ledger.flops - flops,
             seconds=0.0,
-            skipped_updates=after.skipped_updates - before["skipped_updates"],
+            skipped_updates=self.ledger.skipped_updates - skipped,
         )
 
     # -- how a pass is made ------------------------------------------------------------------------------------------------------------

@@ -146,10 +146,10 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_ends_the_arm_after_
     step, watcher = make_step(30), Silent()
     stream = BatchStream(_blocks(60), 2, 1, seed=0)
     step(next(stream))
-    good, state = copy_adapter(model), float(next(iter(step.optimizer.state.values()))["step"])
+    good = copy_adapter(model)
     head = model.get_output_embeddings()
     head.weight.data[5] = float("nan")
-    step.ledger.load_state_dict(Ledger().state_dict())
+    step = make_step(30)
     reason = fit(ABRStrategy(), stream, step, step.ledger, step.allowance, watcher, evals=1)
     assert "10 batches in a row" in reason
     assert "lower --lr" in reason
@@ -157,7 +157,7 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_ends_the_arm_after_
     assert step.ledger.updates == 0
     assert [record.skipped_updates for record in watcher.records] == [1] * 10
     assert all(torch.equal(good[name], value) for name, value in copy_adapter(model).items())
-    assert float(next(iter(step.optimizer.state.values()))["step"]) == state
+    assert {float(state["step"]) for state in step.optimizer.state.values()} == {0.0}  # the moments have not moved either
 
 
 @pytest.mark.parametrize(("fraction", "share"), [(0.0, 0.0), (0.015, 0.5), (0.03, 1.0), (0.515, 0.5), (1.0, 0.0)])
