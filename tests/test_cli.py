@@ -118,7 +118,8 @@ def test_help_groups_every_flag(capsys):
 
 def test_yaml_sets_any_flag_and_flags_override_it(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("epochs: 7\nstrategies: [abr, window]\ngradient_checkpointing: true\nlr: 1e-3\ndata_dir: null\nseeds: [1, 2]\n", encoding="utf-8")
+    content = "epochs: 7\nstrategies: [abr, window]\ngradient_checkpointing: true\nlr: 1e-3\ndata_dir: null\nseeds: [1, 2]\n"
+    file.write_text(content, encoding="utf-8")
     config = parse_config(["--config", str(file), "--epochs", "2"])
     assert config.training.epochs == 2
     assert config.strategy.strategies == ("abr", "window")
@@ -169,7 +170,9 @@ def test_module_and_shim_are_the_same_command():
         done = subprocess.run([sys.executable, *command, "--epochs", "0"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=120)
         assert done.returncode == 2
         assert "--epochs is 0; it must be at least 1" in done.stderr
-    assert "usage" in subprocess.run([sys.executable, "-m", "iterbatch"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=60).stdout
+    assert (
+        "usage" in subprocess.run([sys.executable, "-m", "iterbatch"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=60).stdout
+    )
 
 
 # -- model folders -------------------------------------------------------------------------------------------------------------------------

@@ -151,7 +151,9 @@ DOCUMENTS = [Document.of(f"Document number {number} has its own words. " * (1 + 
 
 def test_blocks_are_the_documents_each_ended_with_eos(tokenizer):
     blocks = prepare_blocks(DOCUMENTS, tokenizer, 16, data_key="blocks-test")
-    expected = [token for document in DOCUMENTS for token in [*tokenizer(document.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]]
+    expected = [
+        token for document in DOCUMENTS for token in [*tokenizer(document.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ]
     assert blocks.shape == (len(expected) // 16, 16)
     assert blocks.flatten().tolist() == expected[: blocks.size]
     assert isinstance(blocks, np.memmap)

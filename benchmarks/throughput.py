@@ -1,0 +1,162 @@
+"""Tokens a second of the baseline strategy beside Hugging Face Trainer and a bare PyTorch loop, and the price of ABR's passes.
+
+    python benchmarks/throughput.py --rounds 7 --passes 16
+
+Same base, LoRA, batches (4 x 256) and learning rate. The variants take turns within each round, so that a machine whose speed drifts treats all
+alike; figures are medians over rounds and of ratios within a round. The first two passes of every turn are warm-up and not counted.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from iterbatch.budget import Allowance, Ledger
+from iterbatch.config import BenchConfig, make_config
+from iterbatch.data_loader import BatchStream, prepare_blocks
+from iterbatch.documents import read_corpus
+from iterbatch.loop import fit
+from iterbatch.model import PRECISION, adapter_parameters, flop_model, load_base, load_model, reset_adapter
+from iterbatch.processes import make_accelerator
+from iterbatch.step import StepSettings, TrainingStep, make_optimizer
+from iterbatch.strategy import ABRStrategy, BaselineStrategy, BaseTrainingStrategy
+
+BATCH, LENGTH, LR, WARM = 4, 256, 5e-3, 2
+
+
+class Times:
+    """A watcher that keeps the seconds of each batch."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def batch_done(self, record) -> None:
+        """Keep them."""
+        self.seconds.append(record.seconds)
+
+    def evaluate(self, fraction: float) -> None:
+        """Nothing to score here."""
+
+
+def ours(model, blocks: np.ndarray, accelerator, strategy: BaseTrainingStrategy, batches: int) -> float:
+    """Seconds a batch of this project's loop."""
+    reset_adapter(model, seed=0)
+    placed, optimizer = accelerator.prepare(model, make_optimizer(model, LR, 0.0))
+    ledger, allowance, times = Ledger(), Allowance("epochs", batches + WARM, batches + WARM), Times()
+    step = TrainingStep(placed, optimizer, accelerator, flop_model(model), ledger, allowance, StepSettings(LR))
+    fit(strategy, BatchStream(blocks, BATCH, 1, seed=0), step, ledger, allowance, times, evals=1)
+    accelerator.unwrap_model(placed, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    return sum(times.seconds[WARM:]) / batches
+
+
+def bare_loop(model, blocks: np.ndarray, passes: int) -> float:
+    """Seconds a pass of the shortest loop one would write by hand, with the same weights, autocast and optimizer."""
+    reset_adapter(model, seed=0)
+    parameters = list(adapter_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    device = parameters[0].device
+    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    start = 0.0
+    for index, batch in zip(range(passes + WARM), BatchStream(blocks, BATCH, 1, seed=0), strict=False):
+        if index == WARM:
+            start = time.perf_counter()
+        ids = batch.micro_batches[0].input_ids.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(input_ids=ids, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+    return (time.perf_counter() - start) / passes
+
+
+def trainer(model, blocks: np.ndarray, passes: int, scratch: Path, **settings) -> float:
+    """Seconds a pass of Hugging Face Trainer."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == WARM:
+                self.start = time.perf_counter()
+
+        def on_train_end(self, args, state, control, **_):
+            self.end = time.perf_counter()
+
+    reset_adapter(model, seed=0)
+    stream = BatchStream(blocks, BATCH, 1, seed=0)
+    order = np.concatenate([next(stream).micro_batches[0].input_ids.numpy() for _ in range(passes + WARM)])
+    rows = [{"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(row)} for row in order]
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        per_device_train_batch_size=BATCH,
+        max_steps=passes + WARM,
+        learning_rate=LR,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        **settings,
+    )
+    clock = Clock()
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock]).train()
+    return (clock.end - clock.start) / passes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--passes", type=int, default=16, help="counted passes of each variant in a round")
+    parser.add_argument("--repeats", type=int, default=3, help="passes a batch of the ABR variant")
+    parser.add_argument("--scratch", type=Path, default=Path("results/throughput"))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+
+    config: BenchConfig = make_config()
+    base = load_base(config)
+    corpus = read_corpus("pydocs")
+    blocks = prepare_blocks(corpus.splits["train"], base.tokenizer, LENGTH, data_key=corpus.digest())
+    model = load_model(base, config.model).train()
+    full = load_model(load_base(make_config(dtype="float32")), config.model).train()
+    accelerator = make_accelerator(PRECISION[base.dtype])
+    model.to(accelerator.device)
+    best = {"bf16": base.dtype == "bfloat16", "optim": "adamw_torch_fused", "dataloader_num_workers": 0}
+    n, r = arguments.passes, arguments.repeats
+    variants = {
+        "iterbatch baseline": lambda: ours(model, blocks, accelerator, BaselineStrategy(), n),
+        "bare PyTorch loop": lambda: bare_loop(model, blocks, n),
+        "Trainer, best settings": lambda: trainer(model, blocks, n, arguments.scratch, **best),
+        "Trainer, defaults": lambda: trainer(full, blocks, n, arguments.scratch),
+        f"iterbatch abr, {r} passes a batch": lambda: ours(model, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for index in range(arguments.rounds):
+        names = list(variants) if index % 2 == 0 else list(variants)[::-1]
+        for name in names:
+            seconds[name].append(variants[name]())
+    report(seconds, base.dtype, arguments.rounds, n)
+
+
+def report(seconds: dict[str, list[float]], dtype: str, rounds: int, passes: int) -> None:
+    first = next(iter(seconds))
+    print(f"\n{dtype}, {torch.get_num_threads()} threads, {rounds} rounds of {passes} passes, batch {BATCH} x {LENGTH}, torch {torch.__version__}\n")
+    print("| variant | ms a pass, median (min-max) | tokens/s | speed of iterbatch baseline over it, median (min-max) |")
+    print("| --- | --- | --- | --- |")
+    for name, values in seconds.items():
+        ratios = [value / ours for value, ours in zip(values, seconds[first], strict=True)]
+        middle = statistics.median(values)
+        print(
+            f"| {name} | {1e3 * middle:.0f} ({1e3 * min(values):.0f}-{1e3 * max(values):.0f}) | {BATCH * LENGTH / middle:,.0f} "
+            f"| {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}) |"
+        )
+
+
+if __name__ == "__main__":
+    main()
