@@ -127,13 +127,14 @@ def main() -> None:
     full = load_model(load_base(make_config(dtype="float32")), config.model).train()
     accelerator = make_accelerator(PRECISION[base.dtype])
     model.to(accelerator.device)
-    best = {"bf16": base.dtype == "bfloat16", "optim": "adamw_torch_fused", "dataloader_num_workers": 0}
+    defaults = {"use_cpu": accelerator.device.type == "cpu"}
+    best = defaults | {"bf16": base.dtype == "bfloat16", "optim": "adamw_torch_fused"}
     n, r = arguments.passes, arguments.repeats
     variants = {
         "iterbatch baseline": lambda: ours(model, blocks, accelerator, BaselineStrategy(), n),
         "bare PyTorch loop": lambda: bare_loop(model, blocks, n),
         "Trainer, best settings": lambda: trainer(model, blocks, n, arguments.scratch, **best),
-        "Trainer, defaults": lambda: trainer(full, blocks, n, arguments.scratch),
+        "Trainer, defaults": lambda: trainer(full, blocks, n, arguments.scratch, **defaults),
         f"iterbatch abr, {r} passes a batch": lambda: ours(model, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r,
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}

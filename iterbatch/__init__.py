@@ -1,3 +1,29 @@
 """IterBatch decides how many times each batch deserves to be trained, and proves whether that paid."""
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["STRATEGIES", "BaseTrainingStrategy", "UserError", "make_config", "run"]
+
+if TYPE_CHECKING:
+    from iterbatch.bench import run
+    from iterbatch.config import make_config
+    from iterbatch.errors import UserError
+    from iterbatch.strategy import STRATEGIES, BaseTrainingStrategy
+
+_HOMES = {
+    "run": "iterbatch.bench",
+    "make_config": "iterbatch.config",
+    "UserError": "iterbatch.errors",
+    "STRATEGIES": "iterbatch.strategy",
+    "BaseTrainingStrategy": "iterbatch.strategy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``iterbatch --help`` need not wait for PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'iterbatch' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

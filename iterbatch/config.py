@@ -64,8 +64,8 @@ class DataConfig:
     """Tokens a block; 2 up to the model's context. Default: 512, with the bundled model 256."""
     max_train_tokens: int | None = None
     """Use only the first tokens of the training text; >= max_length. Default: all."""
-    max_eval_tokens: int | None = 20_000
-    """Score whole documents of validation and test until this many tokens; >= 1."""
+    max_eval_tokens: int | None = None
+    """Score whole documents of validation and test until this many tokens; >= 1. Default: all."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def train(names: list[str], data: Path, heldback: Path) -> None:
             epochs=3,
             seeds=SEEDS,
             max_train_tokens=TOKENS,
+            max_eval_tokens=20_000,
             run_name=run_name,
             resume=(Path("results") / run_name / "config.yaml").exists(),
             log_with=["none"],
@@ -80,7 +81,8 @@ def report() -> None:
             difference = "" if strategy == "baseline" else f"{mean:+.4f} ± {half:.4f}"
             ratio = statistics.fmean(row["flops"] for row in mine) / base_flops
             repeats = statistics.fmean(row["mean_repeats"] for row in mine)
-            print(f"| | {strategy} | {cell('val_ppl')} | {cell('test_ppl')} | {difference} | {repeats:.2f} | {ratio:.2f} | {cell('train_seconds')} |")
+            cells = [strategy, cell("val_ppl"), cell("test_ppl"), difference, f"{repeats:.2f}", f"{ratio:.2f}", cell("train_seconds")]
+            print("| | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
