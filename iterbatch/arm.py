@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from iterbatch import report
 from iterbatch.budget import Allowance, Ledger
 from iterbatch.evaluate import Score, score
@@ -48,11 +50,8 @@ class BaseResults:
         self.prepared, self.accelerator = prepared, accelerator
         self.prompts = _prompts(prepared)
         reset_adapter(model, seed=0)  # a new adapter adds nothing, so this is the base itself
-        placed = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
-        self.validation = self.score(placed, "validation")
+        self.validation = self.score(model, "validation")
         self.samples = self.sample(model)
-        accelerator.unwrap_model(placed, keep_fp32_wrapper=False)
-        accelerator.free_memory()
 
     def score(self, model: Any, split: str) -> Score:
         """Score a split with the model as it is."""
@@ -82,8 +81,9 @@ def _prompts(prepared: Prepared) -> list[list[int]]:
 class ArmRun:
     """One strategy with one seed: trains, evaluates, and leaves its records."""
 
-    def __init__(self, prepared: Prepared, plan: Plan, model: Any, accelerator: Any, shared: BaseResults, listener: Listener, folder: Path) -> None:
-        self.prepared, self.plan, self.model, self.accelerator = prepared, plan, model, accelerator
+    def __init__(self, prepared: Prepared, plan: Plan, placed: Any, accelerator: Any, shared: BaseResults, listener: Listener, folder: Path) -> None:
+        self.prepared, self.plan, self.placed, self.accelerator = prepared, plan, placed, accelerator
+        self.model = accelerator.unwrap_model(placed)  # for scoring and writing, where processes may do different numbers of forwards
         self.shared, self.listener, self.folder = shared, listener, folder
 
     def train(self, strategy: str, seed: int) -> None:
@@ -95,8 +95,9 @@ class ArmRun:
         reset_peak_memory()
         reset_adapter(self.model, seed)
         self.model.train()
-        optimizer = make_optimizer(self.model, config.lr, config.training.weight_decay)
-        self.placed, optimizer = accelerator.prepare(self.model, optimizer)
+        optimizer = accelerator.prepare_optimizer(make_optimizer(self.model, config.lr, config.training.weight_decay))
+        if accelerator.scaler is not None:  # float16: every arm starts with the same loss scale
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
         self.ledger, self.allowance = Ledger(), self._allowance()
         flops = flop_model(self.model, config.model.gradient_checkpointing)
         settings = StepSettings(config.lr, config.training.warmup, config.training.clip_norm)
@@ -110,8 +111,7 @@ class ArmRun:
             self._finish(strategy, seed, stopped)
         finally:
             self._close_records()
-            accelerator.unwrap_model(self.placed, keep_fp32_wrapper=False)
-            accelerator.free_memory()
+            accelerator.free_memory()  # forgets this arm's optimizer
 
     def _allowance(self) -> Allowance:
         unit, passes = self.prepared.config.training.match, self.plan.batches
@@ -129,7 +129,7 @@ class ArmRun:
 
     def evaluate(self, fraction: float) -> None:
         """Score validation; at the start every arm is the base, whose score is known."""
-        result = self.shared.validation if fraction == 0 else self.shared.score(self.placed, "validation")
+        result = self.shared.validation if fraction == 0 else self.shared.score(self.model, "validation")
         self._keep_score(result, "validation", fraction)
 
     def _keep_score(self, result: Score, split: str, fraction: float) -> None:
@@ -172,7 +172,7 @@ class ArmRun:
     def _finish(self, strategy: str, seed: int, stopped: str | None) -> None:
         """Score the end, write adapter and samples, and at last the result, which marks the arm as finished."""
         memory = peak_memory_mb()
-        validation, test = self.shared.score(self.placed, "validation"), self.shared.score(self.placed, "test")
+        validation, test = self.shared.score(self.model, "validation"), self.shared.score(self.model, "test")
         self._keep_score(test, "test", 1.0)
         if not self.accelerator.is_main_process:
             return

@@ -125,6 +125,8 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
     for message in prepared.corpus.notes:
         listener.note(f"{prepared.corpus.source}: {message}")
     listener.planned(plan, run_dir)
+    # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients would then not be synchronised.
+    placed = accelerator.prepare_model(model)
     shared = BaseResults(prepared, model, accelerator)
     try:
         for seed in config.training.seeds:
@@ -133,7 +135,7 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
                 if from_main((folder / "result.json").exists()):
                     listener.note(f"{strategy}, seed {seed}: finished before, kept")
                 else:
-                    ArmRun(prepared, plan, model, accelerator, shared, listener, folder).train(strategy, seed)
+                    ArmRun(prepared, plan, placed, accelerator, shared, listener, folder).train(strategy, seed)
                 if accelerator.is_main_process:
                     report.write(run_dir)
     finally:

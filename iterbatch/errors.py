@@ -28,10 +28,6 @@ class RunError(UserError):
     """A run folder cannot be written, or exists already."""
 
 
-class TrainingStopped(UserError):
-    """An arm stopped itself because its losses were not finite; its state has been saved."""
-
-
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean 'abr'?)`` for the nearest allowed word, or an empty string where none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)

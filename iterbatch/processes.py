@@ -20,18 +20,21 @@ def make_accelerator(precision: str, config: BenchConfig | None = None, run_dir:
     return accelerator
 
 
-def is_main() -> bool:
-    """Whether this is the process that writes."""
+def _state() -> Any:
+    """Accelerate's view of the processes, whichever of it and the Accelerator is asked for first."""
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    return PartialState().is_main_process
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return _state().is_main_process
 
 
 def from_main(value: Any) -> Any:
     """The main process's value, in every process."""
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    if PartialState().num_processes == 1:
-        return value
-    return broadcast_object_list([value])[0]
+    return value if _state().num_processes == 1 else broadcast_object_list([value])[0]

@@ -166,6 +166,7 @@ def _train(arguments: list[str], console: Console) -> int:
     config = parse_config(arguments)
     _quiet_libraries()
     from iterbatch import bench, prepare, progress, report
+    from iterbatch.processes import is_main
 
     if config.run.dry_run:
         prepared, plan = prepare.plan(config)
@@ -173,6 +174,9 @@ def _train(arguments: list[str], console: Console) -> int:
         for note in prepared.corpus.notes:
             console.print(Text(f"note: {report.plain(note)}"))
         console.print(progress.plan_table(plan, config))
+        return 0
+    if not is_main():  # of several processes one talks
+        bench.run(config)
         return 0
     listener = progress.RichListener(console, config)
     try:

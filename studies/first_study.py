@@ -58,10 +58,10 @@ def paired(rows: list[dict], strategy: str, key: str) -> tuple[float, float]:
 
 
 def report() -> None:
-    print(
-        "| text | strategy | validation perplexity | test perplexity | Δ log test ppl to baseline, 95% | mean repeats | x baseline FLOPs | train seconds |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("text", "strategy", "validation perplexity", "test perplexity", "Δ log test perplexity to baseline, 95%")
+    columns += ("mean repeats", "x baseline FLOPs", "train seconds")
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns))
     for name in texts(Path(), Path()):
         if not (RECORDS / f"{name}.json").exists():
             continue

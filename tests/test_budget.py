@@ -46,6 +46,24 @@ def test_flop_model_agrees_with_torch(flags):
             assert ours.forward(shapes) == pytest.approx(_counted(model, backward=False), rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_supported_architecture(kind, tokenizer, tmp_path):
+    """Grouped heads, and for qwen3 heads wider than the hidden size would give."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    extra = {"head_dim": 16} if kind in ("mistral", "qwen3") else {}
+    shape = AutoConfig.for_model(kind, vocab_size=len(tokenizer), max_position_embeddings=128, bos_token_id=0, eos_token_id=1, **sizes, **extra)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = make_config(model_name=str(tmp_path), dtype="float32", max_length=64, lora_layers="top:2")
+    model = load_model(load_base(config), config.model)
+    model.train()
+    assert flop_model(model).fresh([(ROWS, LENGTH)]) == pytest.approx(_counted(model, backward=True), rel=0.02)
+    adapted = {name.split(".layers.")[1][0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert adapted == {"1", "2"}
+
+
 def test_planning_needs_no_weights():
     config = make_config(lora_layers="top:2")
     base = load_base(config)
