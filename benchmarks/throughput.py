@@ -43,7 +43,7 @@ class Times:
         """Nothing to score here."""
 
 
-def ours(mine, blocks: np.ndarray, accelerator, strategy: BaseTrainingStrategy, batches: int) -> float:
+def ours(model, blocks: np.ndarray, accelerator, strategy: BaseTrainingStrategy, batches: int) -> float:
     """Seconds a batch of this project's loop."""
     reset_adapter(model, seed=0)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, LR, 0.0))
