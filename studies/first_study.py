@@ -33,12 +33,14 @@ def texts(data: Path, heldback: Path) -> dict[str, dict]:
     }
 
 
-def train(names: list[str], data: Path, heldback: Path) -> None:
+def train(names: list[str], match: str, data: Path, heldback: Path) -> None:
     for name in names:
-        run_name = f"first-{name}"
+        label = name if match == "epochs" else f"{name}-{match}"
+        run_name = f"first-{label}"
         config = make_config(
             **texts(data, heldback)[name],
             epochs=3,
+            match=match,
             seeds=SEEDS,
             max_train_tokens=TOKENS,
             max_eval_tokens=20_000,
@@ -47,7 +49,7 @@ def train(names: list[str], data: Path, heldback: Path) -> None:
             log_with=["none"],
         )
         rows = json.loads((bench.run(config) / "summary.json").read_text(encoding="utf-8"))
-        write_json(RECORDS / f"{name}.json", rows)
+        write_json(RECORDS / f"{label}.json", rows)
 
 
 def paired(rows: list[dict], strategy: str, key: str) -> tuple[float, float]:
@@ -62,10 +64,8 @@ def report() -> None:
     columns += ("mean repeats", "x baseline FLOPs", "train seconds")
     print("| " + " | ".join(columns) + " |")
     print("|" + " --- |" * len(columns))
-    for name in texts(Path(), Path()):
-        if not (RECORDS / f"{name}.json").exists():
-            continue
-        rows = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+    for file in sorted(RECORDS.glob("*.json")):
+        name, rows = file.stem, json.loads(file.read_text(encoding="utf-8"))
         for row in rows:
             row["log_test"] = math.log(row["test_ppl"])
         base_flops = statistics.fmean(row["flops"] for row in rows if row["strategy"] == "baseline")
@@ -90,10 +90,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ITERBATCH_DATA", "../shared/data")))
     parser.add_argument("--heldback", type=Path, default=Path("pretrain/heldback"), help="written by studies/pretrain_base.py")
     parser.add_argument("--texts", nargs="+", default=["pydocs", "casino", "wikitext-2-heldback", "star-heldback"])
+    parser.add_argument("--match", choices=["epochs", "flops"], default="epochs", help="what every arm may spend; the original: epochs")
     parser.add_argument("--report", action="store_true", help="print the table from the committed records, and train nothing")
     arguments = parser.parse_args()
     if not arguments.report:
-        train(arguments.texts, arguments.data, arguments.heldback)
+        train(arguments.texts, arguments.match, arguments.data, arguments.heldback)
     report()
 
 
