@@ -40,8 +40,12 @@ def _save(figure, path: Path) -> None:
 
 def _perplexity(arms: Arms, path: Path) -> None:
     figure, axes = _figure(6.4, 4.2)
+    before = 0.0
     for (strategy, folders), colour in zip(arms.items(), _colours(arms), strict=False):
-        curves = [[record for record in read_records(folder / "evals.jsonl", EvalRecord) if record.split == "validation"] for folder in folders]
+        scores = [[record for record in read_records(folder / "evals.jsonl", EvalRecord) if record.split == "validation"] for folder in folders]
+        # The untrained base lies so far above that it would flatten everything else; it is named in a corner instead.
+        curves = [[record for record in seed if record.fraction > 0] for seed in scores]
+        before = scores[0][0].ppl
         points = list(zip(*curves, strict=False))  # one group a fraction of the budget, over seeds
         gflops = [statistics.fmean(record.flops / 1e9 for record in group) for group in points]
         values = np.array([[record.ppl for record in group] for group in points])
@@ -49,6 +53,7 @@ def _perplexity(arms: Arms, path: Path) -> None:
         if len(folders) > 1:
             axes.fill_between(gflops, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
     axes.set_yscale("log")
+    axes.text(0.02, 0.03, f"before training: {before:,.1f}", transform=axes.transAxes, fontsize="small")
     _plain_ticks(axes)
     axes.set_xlabel("training compute, GFLOPs")
     axes.set_ylabel("validation perplexity (log scale)")
@@ -65,25 +70,30 @@ def _plain_ticks(axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=4))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
 def _repeats(arms: Arms, path: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     figure, (over_time, by_loss) = _figure(9.6, 4.0, columns=2)
-    jitter = np.random.default_rng(0)
+    jitter, most = np.random.default_rng(0), 5
     for place, ((strategy, folders), colour) in enumerate(zip(arms.items(), _colours(arms), strict=False)):
         records = [list(read_records(folder / "batches.jsonl", BatchRecord)) for folder in folders]
         length = min(map(len, records))
         passes = np.array([[record.repeats_done for record in seed[:length]] for seed in records]).mean(axis=0)
         over_time.plot(np.arange(length), _smooth(passes), color=colour, label=strategy)
+        most = max(most, max(record.repeats_done for seed in records for record in seed))
         losses = [record.initial_loss for seed in records for record in seed]
         done = np.array([record.repeats_done for seed in records for record in seed])
         offset = (place - (len(arms) - 1) / 2) * 0.12  # strategies side by side, so that none hides another
         by_loss.scatter(losses, done + offset + jitter.uniform(-0.04, 0.04, len(done)), s=6, alpha=0.5, linewidths=0, color=colour)
-    over_time.set(xlabel="batch", ylabel="repeats (mean of 15 batches)", title="Repeats over training", ylim=(0.5, 5.5))
-    by_loss.set(xlabel="initial loss, nats a token", ylabel="repeats", title="Repeats against initial loss", ylim=(0.5, 5.5))
+    over_time.set(xlabel="batch", ylabel="repeats (mean of 15 batches)", title="Repeats over training")
+    by_loss.set(xlabel="initial loss, nats a token", ylabel="repeats", title="Repeats against initial loss")
     for axes in (over_time, by_loss):
         axes.grid(alpha=0.25)
-        axes.set_yticks(range(1, 6))
+        axes.set_ylim(0.5, most + 0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     over_time.legend(frameon=False, loc="upper right")
     _save(figure, path)
 
