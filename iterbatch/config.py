@@ -5,6 +5,7 @@ is in :mod:`iterbatch.train`.
 """
 
 import dataclasses
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import yaml
 from iterbatch.errors import ConfigError, did_you_mean
 
 BUNDLED = "bundled"
+DEFAULT_LENGTH = 512  # tokens a block
 ASSETS = Path(__file__).parent / "assets" / "base"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
@@ -61,7 +63,7 @@ class DataConfig:
     data_dir: Path | None = None
     """Read a local file or folder instead of the hub: .txt, .tokens/.raw (WikiText form), .jsonl, .csv, .parquet."""
     max_length: int | None = None
-    """Tokens a block; 2 up to the model's context. Default: 512, with the bundled model 256."""
+    """Tokens a block; 2 up to the model's context. Default: 512, or the context of a local model where that is shorter (bundled: 256)."""
     max_train_tokens: int | None = None
     """Use only the first tokens of the training text; >= max_length. Default: all."""
     max_eval_tokens: int | None = None
@@ -155,7 +157,7 @@ class BenchConfig:
     @property
     def max_length(self) -> int:
         """Tokens a block, resolved."""
-        return self.data.max_length or (256 if self.bundled else 512)
+        return self.data.max_length or min(DEFAULT_LENGTH, _context(Path(self.model_path)))
 
     @property
     def lr(self) -> float:
@@ -174,6 +176,14 @@ class BenchConfig:
     def to_yaml(self) -> str:
         """The resolved configuration; ``--config`` reads it back."""
         return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)
+
+
+def _context(folder: Path) -> int:
+    """The context of a local model folder, so that the default block length fits it; a hub's is not asked for here."""
+    try:
+        return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return DEFAULT_LENGTH  # whatever is wrong with the folder is said where the model is loaded
 
 
 def _plain(value: Any) -> Any:

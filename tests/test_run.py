@@ -100,6 +100,21 @@ def test_every_strategy_on_real_text_leaves_everything(real_text, tmp_path, sour
     assert manifest["data"]["order_sha256"]["0"] != manifest["data"]["order_sha256"]["1"]
 
 
+def test_original_commands_run_through_with_local_folders(real_text, tiny_folder, tmp_path, capsys):
+    import shlex
+
+    from test_cli import ORIGINAL
+
+    for number, command in enumerate(ORIGINAL):
+        words = shlex.split(command.replace("huggyllama/llama-7b", "LOCAL"))
+        words = [str(tiny_folder) if word == "LOCAL" else word for word in words]
+        caps = ["--data_dir", str(real_text / "wikitext-2"), "--max_train_tokens", "1024", "--max_eval_tokens", "200", "--log_with", "none"]
+        assert main(["train", *words, *caps, "--save_dir", str(tmp_path), "--run_name", str(number)]) == 0
+        rows = json.loads((tmp_path / str(number) / "summary.json").read_text(encoding="utf-8"))
+        assert [row["strategy"] for row in rows] == command.split("--strategies ")[1].split(" --")[0].split()
+        assert all(row["batches"] == 6 for row in rows)  # 8 blocks of the model's context, 4 a batch, 3 epochs
+
+
 def test_arms_of_a_seed_are_paired_and_a_seed_repeats_itself(tiny, tmp_path):
     def records(name, **flags):
         config = make_config(**tiny, strategies=["baseline", "learnable"], probe_rate=0.5, save_dir=tmp_path, run_name=name, **flags)
