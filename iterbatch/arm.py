@@ -78,6 +78,11 @@ def _prompts(prepared: Prepared) -> list[list[int]]:
     return [ids[:length] for ids in windows if len(ids) >= length][:PROMPTS]
 
 
+def _figures(samples: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The metrics of samples without their texts."""
+    return {decoding: {name: value for name, value in result.items() if name != "texts"} for decoding, result in samples.items()}
+
+
 class ArmRun:
     """One strategy with one seed: trains, evaluates, and leaves its records."""
 
@@ -206,7 +211,8 @@ class ArmRun:
             "flops_repeat": ledger.flops_repeat,
             "flops_probe": ledger.flops_probe,
             "skipped_updates": ledger.skipped_updates,
-            "text": {name: {key: value for key, value in metrics.items() if key != "texts"} for name, metrics in samples.items()},
+            "text": _figures(samples),
+            "base_text": _figures(self.shared.samples),
             "stopped": stopped,
         }
         write_json(self.folder / "result.json", result)

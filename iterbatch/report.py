@@ -150,10 +150,12 @@ def _stopped(summaries: list[StrategySummary]) -> list[str]:
 def _text_table(summaries: list[StrategySummary]) -> list[str]:
     names = ("distinct_1", "distinct_2", "rep_4", "mean_length")
     lines = ["| strategy | decoding | distinct-1 | distinct-2 | rep-4 | mean length, tokens |", "| --- | --- | --- | --- | --- | --- |"]
-    for summary in summaries:
+    groups = [("before training", [summaries[0].rows[0]["base_text"]])]
+    groups += [(summary.strategy, [row["text"] for row in summary.rows]) for summary in summaries]
+    for label, texts in groups:
         for decoding in ("greedy", "sampled"):
-            values = [statistics.fmean(row["text"][decoding][name] for row in summary.rows) for name in names]
-            lines.append(f"| {summary.strategy} | {decoding} | " + " | ".join(f"{value:.3f}" for value in values[:3]) + f" | {values[3]:.1f} |")
+            values = [statistics.fmean(text[decoding][name] for text in texts) for name in names]
+            lines.append(f"| {label} | {decoding} | " + " | ".join(f"{value:.3f}" for value in values[:3]) + f" | {values[3]:.1f} |")
     return [*lines, "", "Five prompts an arm: too few for more than a glance."]
 
 
