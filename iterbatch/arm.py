@@ -9,12 +9,14 @@ import torch
 
 from iterbatch import report
 from iterbatch.budget import Allowance, Ledger
+from iterbatch.cut import CutModel
 from iterbatch.evaluate import Score, score
 from iterbatch.generate import Sampling, generate, text_metrics
 from iterbatch.loop import fit
 from iterbatch.model import flop_model, reset_adapter
 from iterbatch.prepare import Plan, Prepared, make_stream
 from iterbatch.record import BatchRecord, EvalRecord, RecordWriter, peak_memory_mb, reset_peak_memory, write_json, write_text
+from iterbatch.reuse import Prefetch, Reuse
 from iterbatch.step import StepSettings, TrainingStep, make_optimizer
 from iterbatch.strategy import make_strategy
 
@@ -43,30 +45,41 @@ class Listener:
         """An arm is finished."""
 
 
-class BaseResults:
-    """What the untrained base scores and writes: the start of every arm, computed once."""
+class Shared:
+    """What the arms of a run share: the model, the text, and what the untrained base scores and writes, computed once.
 
-    def __init__(self, prepared: Prepared, model: Any, accelerator: Any) -> None:
-        self.prepared, self.accelerator = prepared, accelerator
+    Args:
+        prepared: Text and tokenizer.
+        plan: What a baseline arm does.
+        model: The PEFT model.
+        placed: The same weights as a :class:`iterbatch.cut.CutModel`, prepared by the accelerator.
+        reuse: Where prefix activations come from.
+        accelerator: Of the run.
+    """
+
+    def __init__(self, prepared: Prepared, plan: Plan, model: Any, placed: Any, reuse: Reuse, accelerator: Any) -> None:
+        self.prepared, self.plan, self.model, self.placed, self.reuse, self.accelerator = prepared, plan, model, placed, reuse, accelerator
+        self.cut: CutModel = accelerator.unwrap_model(placed)  # for scoring, where processes may do different numbers of forwards
         self.prompts = _prompts(prepared)
         reset_adapter(model, seed=0)  # a new adapter adds nothing, so this is the base itself
-        self.validation = self.score(model, "validation")
-        self.samples = self.sample(model)
+        self.validation = self.score("validation")
+        self.samples = self.sample()
 
-    def score(self, model: Any, split: str) -> Score:
+    def score(self, split: str) -> Score:
         """Score a split with the model as it is."""
         tokenizer = self.prepared.base.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         batch_size = self.prepared.config.training.eval_batch_size
-        return score(model, self.prepared.texts[split], self.accelerator, batch_size=batch_size, pad_id=pad)
+        text, source = self.prepared.texts[split], self.reuse.sources[split]
+        return score(self.cut, text, self.accelerator, source=source, batch_size=batch_size, pad_id=pad)
 
-    def sample(self, model: Any) -> dict[str, Any]:
+    def sample(self) -> dict[str, Any]:
         """Continue the fixed prompts, greedy and sampled, and measure the text."""
         tokenizer = self.prepared.base.tokenizer
         result: dict[str, Any] = {}
         for name, greedy in (("greedy", True), ("sampled", False)):
             with self.accelerator.autocast():
-                tokens = generate(model, self.prompts, tokenizer, Sampling(), greedy=greedy)
+                tokens = generate(self.model, self.prompts, tokenizer, Sampling(), greedy=greedy)
             result[name] = {"texts": [tokenizer.decode(text) for text in tokens], **text_metrics(tokens)}
         return result
 
@@ -86,10 +99,9 @@ def _figures(samples: dict[str, Any]) -> dict[str, dict[str, float]]:
 class ArmRun:
     """One strategy with one seed: trains, evaluates, and leaves its records."""
 
-    def __init__(self, prepared: Prepared, plan: Plan, placed: Any, accelerator: Any, shared: BaseResults, listener: Listener, folder: Path) -> None:
-        self.prepared, self.plan, self.placed, self.accelerator = prepared, plan, placed, accelerator
-        self.model = accelerator.unwrap_model(placed)  # for scoring and writing, where processes may do different numbers of forwards
+    def __init__(self, shared: Shared, listener: Listener, folder: Path) -> None:
         self.shared, self.listener, self.folder = shared, listener, folder
+        self.prepared, self.plan, self.model, self.accelerator = shared.prepared, shared.plan, shared.model, shared.accelerator
 
     def train(self, strategy: str, seed: int) -> None:
         """Train the arm from its start to its end."""
@@ -99,15 +111,16 @@ class ArmRun:
             shutil.rmtree(self.folder)  # an arm that was cut off starts anew
         reset_peak_memory()
         reset_adapter(self.model, seed)
-        self.model.train()
+        self.shared.cut.train()
         optimizer = accelerator.prepare_optimizer(make_optimizer(self.model, config.lr, config.training.weight_decay))
         if accelerator.scaler is not None:  # float16: every arm starts with the same loss scale
             accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
         self.ledger, self.allowance = Ledger(), self._allowance()
         flops = flop_model(self.model, config.model.gradient_checkpointing)
-        settings = StepSettings(config.lr, config.training.warmup, config.training.clip_norm)
-        step = TrainingStep(self.placed, optimizer, accelerator, flops, self.ledger, self.allowance, settings)
-        stream = make_stream(self.prepared, seed, accelerator.process_index, accelerator.num_processes)
+        settings = StepSettings(config.lr, config.training.warmup, config.training.clip_norm, config.speed.reuse != "off")
+        source = self.shared.reuse.sources["train"]
+        step = TrainingStep(self.shared.placed, optimizer, accelerator, flops, self.ledger, self.allowance, settings, source)
+        stream = Prefetch(make_stream(self.prepared, seed, accelerator.process_index, accelerator.num_processes), source)
         self.listener.arm_started(strategy, seed)
         self._open_records()
         try:
@@ -116,11 +129,13 @@ class ArmRun:
             self._finish(strategy, seed, stopped)
         finally:
             self._close_records()
+            stream.close()
             accelerator.free_memory()  # forgets this arm's optimizer
 
     def _allowance(self) -> Allowance:
         unit, passes = self.prepared.config.training.match, self.plan.batches
-        return Allowance(unit, {"epochs": float(passes), "flops": self.plan.flops}[unit], passes)
+        amount, last = {"epochs": (float(passes), 1.0), "flops": (self.plan.flops, self.plan.last_pass_flops)}[unit]
+        return Allowance(unit, amount, passes, last)
 
     # -- what the loop tells -----------------------------------------------------------------------------------------------------------
 
@@ -134,7 +149,7 @@ class ArmRun:
 
     def evaluate(self, fraction: float) -> None:
         """Score validation; at the start every arm is the base, whose score is known."""
-        result = self.shared.validation if fraction == 0 else self.shared.score(self.model, "validation")
+        result = self.shared.validation if fraction == 0 else self.shared.score("validation")
         self._keep_score(result, "validation", fraction)
 
     def _keep_score(self, result: Score, split: str, fraction: float) -> None:
@@ -177,12 +192,12 @@ class ArmRun:
     def _finish(self, strategy: str, seed: int, stopped: str | None) -> None:
         """Score the end, write adapter and samples, and at last the result, which marks the arm as finished."""
         memory = peak_memory_mb()
-        validation, test = self.shared.score(self.model, "validation"), self.shared.score(self.model, "test")
+        validation, test = self.shared.score("validation"), self.shared.score("test")
         self._keep_score(test, "test", 1.0)
         if not self.accelerator.is_main_process:
             return
         self.model.save_pretrained(self.folder / "adapter")
-        samples = self.shared.sample(self.model)
+        samples = self.shared.sample()
         prompts = [self.prepared.base.tokenizer.decode(prompt) for prompt in self.shared.prompts]
         content = {"prompts": prompts, "base": self.shared.samples, "trained": samples}
         write_json(self.folder / "samples.json", content)
@@ -210,6 +225,10 @@ class ArmRun:
             "flops_fresh": ledger.flops_fresh,
             "flops_repeat": ledger.flops_repeat,
             "flops_probe": ledger.flops_probe,
+            "flops_saved": ledger.flops_saved,
+            "seconds_saved": ledger.seconds_saved,
+            "seconds_charged": ledger.seconds_charged,
+            "store_gb": self.shared.reuse.store_gb,
             "skipped_updates": ledger.skipped_updates,
             "text": _figures(samples),
             "base_text": _figures(self.shared.samples),

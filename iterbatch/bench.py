@@ -4,6 +4,7 @@ What lives here: the run's folder, its manifest, and one arm after the other. Wh
 that can be told from records alone (:mod:`iterbatch.report`).
 """
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
@@ -14,14 +15,16 @@ from typing import Any
 import yaml
 
 from iterbatch import report
-from iterbatch.arm import ArmRun, BaseResults, Listener
+from iterbatch.arm import ArmRun, Listener, Shared
 from iterbatch.config import BenchConfig
+from iterbatch.cut import CutModel, compiled
 from iterbatch.data_loader import order_digest, tokenizer_digest
 from iterbatch.errors import RunError
 from iterbatch.model import PRECISION, load_model
 from iterbatch.prepare import Plan, Prepared, make_plan, prepare
 from iterbatch.processes import from_main, is_main, make_accelerator
 from iterbatch.record import environment, write_json, write_text
+from iterbatch.reuse import open_reuse
 
 RESUMABLE = ("strategies", "seeds", "save_dir", "log_with", "eval_batch_size")  # may differ when a run is gone on with
 
@@ -119,26 +122,37 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
     if is_main():
         _make_folder(run_dir, config)
     accelerator = make_accelerator(PRECISION[prepared.base.dtype], config, run_dir)
-    plan = make_plan(prepared, model, accelerator.num_processes)
-    if accelerator.is_main_process and not (run_dir / "manifest.json").exists():
-        write_json(run_dir / "manifest.json", _manifest(prepared, plan))
     for message in prepared.corpus.notes:
         listener.note(f"{prepared.corpus.source}: {message}")
-    listener.planned(plan, run_dir)
     # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients would then not be synchronised.
-    placed = accelerator.prepare_model(model)
-    shared = BaseResults(prepared, model, accelerator)
-    try:
-        for seed in config.training.seeds:
-            for strategy in config.strategy.strategies:
-                folder = run_dir / strategy / f"seed{seed}"
-                if from_main((folder / "result.json").exists()):
-                    listener.note(f"{strategy}, seed {seed}: finished before, kept")
-                else:
-                    ArmRun(prepared, plan, placed, accelerator, shared, listener, folder).train(strategy, seed)
-                if accelerator.is_main_process:
-                    report.write(run_dir)
-    finally:
-        if config.run.log_with != ("none",):
-            accelerator.end_training()
+    placed = accelerator.prepare_model(CutModel(model))
+    cut, shape = accelerator.unwrap_model(placed), (config.training.batch_size, config.max_length)
+    with (
+        compiled(placed, accelerator, shape) if config.speed.compile else contextlib.nullcontext(0.0) as cold_start,
+        open_reuse(prepared, cut, accelerator.device, listener.note) as reuse,
+    ):
+        if cold_start:
+            listener.note(f"layers compiled in {cold_start:.0f} s, off every arm's clock")
+        plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
+        if accelerator.is_main_process and not (run_dir / "manifest.json").exists():
+            write_json(run_dir / "manifest.json", {**_manifest(prepared, plan), "compile_seconds": cold_start})
+        listener.planned(plan, run_dir)
+        try:
+            _train_arms(Shared(prepared, plan, model, placed, reuse, accelerator), listener, run_dir)
+        finally:
+            if config.run.log_with != ("none",):
+                accelerator.end_training()
     return run_dir
+
+
+def _train_arms(shared: Shared, listener: Listener, run_dir: Path) -> None:
+    config = shared.prepared.config
+    for seed in config.training.seeds:
+        for strategy in config.strategy.strategies:
+            folder = run_dir / strategy / f"seed{seed}"
+            if from_main((folder / "result.json").exists()):
+                listener.note(f"{strategy}, seed {seed}: finished before, kept")
+            else:
+                ArmRun(shared, listener, folder).train(strategy, seed)
+            if shared.accelerator.is_main_process:
+                report.write(run_dir)

@@ -112,11 +112,11 @@ class FlopModel:
         return self.forward(shapes) + (self.adapted_backward + self.head + recompute).of(shapes)
 
     def repeat(self, shapes: Sequence[Shape]) -> float:
-        """FLOPs of a repeat. It computes the frozen prefix again, so it costs what a fresh pass costs."""
-        return self.fresh(shapes)
+        """FLOPs of a pass that is given its prefix activations: a fresh pass without the prefix."""
+        return self.fresh(shapes) - self.prefix.of(shapes)
 
     def price_ratio(self, shapes: Sequence[Shape]) -> float:
-        """rho: cost of a repeat over cost of a fresh pass."""
+        """rho: cost of a repeat over cost of a fresh pass; 1 where there is no prefix."""
         return self.repeat(shapes) / self.fresh(shapes)
 
 
@@ -137,6 +137,9 @@ class Ledger:
     flops_repeat: float = 0.0
     flops_probe: float = 0.0
     train_seconds: float = 0.0
+    seconds_charged: float = 0.0  # part of train_seconds: prefixes this arm met first but another had computed, at what they took then
+    flops_saved: float = 0.0  # prefixes not computed and not charged: of repeats, and of later epochs
+    seconds_saved: float = 0.0  # what those prefixes took when they were computed
 
     @property
     def flops(self) -> float:
@@ -177,6 +180,7 @@ class Allowance:
     unit: str
     amount: float  # batches for 'epochs'; FLOPs, updates, tokens or seconds for the others
     baseline_passes: int  # fresh passes that the allowance pays for
+    last_pass: float = 0.0  # price of the baseline's last pass, in the unit; 0 stands for an average one
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -199,8 +203,8 @@ class Allowance:
         return self.spent(ledger) / self.amount
 
     def exhausted(self, ledger: Ledger) -> bool:
-        """Whether less than half a fresh pass is left: the arm ends at the pass nearest to its allowance."""
-        return self.fraction(ledger) > 1 - 0.5 / self.baseline_passes
+        """Whether less than half of the baseline's last pass is left: the arm ends at the pass nearest to its allowance."""
+        return self.spent(ledger) > self.amount - 0.5 * (self.last_pass or self.amount / self.baseline_passes)
 
     def schedule_fraction(self, ledger: Ledger) -> float:
         """Fraction at the middle of the coming pass: where on its schedule the learning rate stands, above 0 and at most 1."""

@@ -99,6 +99,20 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """How passes are made cheaper. Prices change, the mathematics does not."""
+
+    reuse: Literal["off", "batch", "epoch"] = "batch"
+    """Activations below the lowest adapter: computed in every pass, once a batch, or once and kept on disk for later epochs, arms and runs."""
+    reuse_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What --reuse epoch keeps them in. float32 takes twice the space, and is exact where the model computes in float32."""
+    reuse_limit_gb: float = 10.0
+    """Most disk space for this run's activations, in GB; at least one block. A full store keeps serving what it has."""
+    compile: bool = False
+    """Compile each decoder layer for the shape of a batch: faster passes after a cold start of some ten seconds to minutes."""
+
+
+@dataclass(frozen=True)
 class StrategyConfig:
     """The strategies and their knobs."""
 
@@ -141,6 +155,7 @@ class BenchConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -251,6 +266,7 @@ def _range_problems(config: BenchConfig) -> list[str]:
         ("lr", training.lr),
         ("clip_norm", training.clip_norm),
         ("loss_threshold", strategy.loss_threshold),
+        ("reuse_limit_gb", config.speed.reuse_limit_gb),
     ]
     problems = [f"--{name} is {value}; it must be at least {low}" for name, value, low in at_least if value is not None and not value >= low]
     problems += [

@@ -4,11 +4,12 @@ What lives here: tokens, packing, memory-mapped blocks, the order of batches, ev
 :mod:`iterbatch.documents`.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ IGNORED = -100  # a position without a label, as in torch.nn.functional.cross_en
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Prefix activations of a micro-batch's rows, read from a store before they are needed."""
+
+    hidden: Tensor  # (rows, length, width); rows that are not there are undefined
+    seconds: list[float | None]  # a row: what it took to compute, None where it is not there
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Rows of tokens that go through the model together.
 
@@ -33,16 +42,27 @@ class MicroBatch:
     input_ids: Tensor  # (rows, length) int64
     labels: Tensor  # (rows, length) int64
     attention_mask: Tensor | None = None  # (rows, length) int64, 1 for real tokens; None where padding, if any, is on the right
+    blocks: tuple[int, ...] | None = None  # which item of its text each row is; empty where the only row is there for company
+    rows_in_all: int = 0  # rows over all processes; 0 stands for the rows here
+    ahead: Ahead | None = None
+    label_tokens: int = -1  # number of tokens this micro-batch predicts; counted here, before it is on a device
 
-    @property
-    def label_tokens(self) -> int:
-        """Number of tokens this micro-batch predicts."""
-        return int((self.labels != IGNORED).sum())
+    def __post_init__(self) -> None:
+        if self.label_tokens < 0:
+            object.__setattr__(self, "label_tokens", int((self.labels != IGNORED).sum()))
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same rows on a device."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device, non_blocking=True)
-        return MicroBatch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), mask)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "MicroBatch":
+        """The same rows in page-locked memory, from which a copy to a GPU runs beside its work."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def _with(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        mask = None if self.attention_mask is None else move(self.attention_mask)
+        ahead = None if self.ahead is None else Ahead(move(self.ahead.hidden), self.ahead.seconds)
+        return dataclasses.replace(self, input_ids=move(self.input_ids), labels=move(self.labels), attention_mask=mask, ahead=ahead)
 
 
 @dataclass(frozen=True)
@@ -60,13 +80,17 @@ class Batch:
 
     @property
     def label_tokens(self) -> int:
-        """Number of tokens all micro-batches predict."""
+        """Number of tokens all micro-batches predict, on this process."""
         return sum(micro.label_tokens for micro in self.micro_batches)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(rows, length) of each micro-batch: what the FLOP model needs to know."""
-        return [(micro.input_ids.shape[0], micro.input_ids.shape[1]) for micro in self.micro_batches]
+        """(rows over all processes, length) of each micro-batch: what the FLOP model needs to know."""
+        return [(micro.rows_in_all or micro.input_ids.shape[0], micro.input_ids.shape[1]) for micro in self.micro_batches]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return dataclasses.replace(self, micro_batches=tuple(micro.to(device) for micro in self.micro_batches))
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -219,7 +243,7 @@ class BatchStream:
         labels = torch.full_like(input_ids, IGNORED)
         if len(share):
             labels[:, :-1] = input_ids[:, 1:]
-        return MicroBatch(input_ids, labels)
+        return MicroBatch(input_ids, labels, blocks=tuple(int(row) for row in share), rows_in_all=len(rows))
 
     def state_dict(self) -> dict[str, int]:
         """The cursor: batches handed out so far."""

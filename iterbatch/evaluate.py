@@ -1,14 +1,14 @@
-"""Perplexity, sum over sum, and samples of generated text with their metrics."""
+"""Perplexity, sum over sum."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from iterbatch.data_loader import EvalText, collate
-from iterbatch.step import token_nats
+from iterbatch.reuse import PrefixSource
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def score(
     text: EvalText,
     accelerator: Any,
     *,
+    source: PrefixSource | None = None,  # of this text; default: without a store
     batch_size: int = 8,  # windows scored together
     pad_id: int = 0,
     padding_side: str = "right",
@@ -57,20 +58,30 @@ def score(
     """Score every token of a text once, in eval mode, without gradients.
 
     The result does not depend on ``batch_size`` or ``padding_side``: windows are independent and padding is never attended to.
+
+    Args:
+        model: A :class:`iterbatch.cut.CutModel`, not distributed: processes may do different numbers of forwards.
+        text: Its windows are split over the processes.
+        accelerator: Places, casts and reduces.
+        source: Of the text's prefix activations.
+        batch_size: Windows scored together.
+        pad_id: Token that fills up short windows.
+        padding_side: ``right``, or ``left`` where no activations are to be kept.
     """
+    source = source or PrefixSource(model, accelerator.device)
     training = model.training
     model.eval()
     # Longest first: windows of like length share a batch, and a batch too large for memory fails at once.
-    windows = sorted(text.windows, key=lambda window: -len(window.input_ids))
-    mine = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    order = sorted(range(len(text.windows)), key=lambda index: -len(text.windows[index].input_ids))
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device if accelerator.device.type != "mps" else "cpu")
-    for group in mine[accelerator.process_index :: accelerator.num_processes]:
-        nats += _nats(model, group, accelerator, pad_id, padding_side).to(nats.device)
+    for group in groups[accelerator.process_index :: accelerator.num_processes]:
+        micro = collate([text.windows[index] for index in group], pad_id, padding_side)
+        if padding_side == "right":  # what stands left of a window would change what is kept of it
+            micro = dataclasses.replace(micro, blocks=tuple(group))
+        with torch.no_grad(), accelerator.autocast():
+            micro = micro.to(accelerator.device)
+            nats += model(source.fetch(micro).hidden, micro).sum(dtype=torch.float64).to(nats.device)
+        source.settle()
     model.train(training)
     return Score(float(accelerator.reduce(nats, "sum")), text.tokens, text.words, text.bytes)
-
-
-def _nats(model: Any, group: Sequence[Any], accelerator: Any, pad_id: int, padding_side: str) -> torch.Tensor:
-    micro = collate(group, pad_id, padding_side).to(accelerator.device)
-    with torch.no_grad(), accelerator.autocast():
-        return token_nats(model, micro).sum(dtype=torch.float64)

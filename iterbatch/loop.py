@@ -5,10 +5,11 @@ What happens to one batch is the strategy's ``train_batch``; what a pass does is
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Protocol
 
 from iterbatch.budget import Allowance, Ledger
-from iterbatch.data_loader import BatchStream
+from iterbatch.data_loader import Batch
 from iterbatch.record import BatchRecord
 from iterbatch.strategy import BaseTrainingStrategy, Step
 
@@ -29,7 +30,7 @@ class Watcher(Protocol):
 
 def fit(
     strategy: BaseTrainingStrategy,
-    stream: BatchStream,
+    stream: Iterator[Batch],
     step: Step,
     ledger: Ledger,
     allowance: Allowance,

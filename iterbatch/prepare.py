@@ -76,6 +76,7 @@ class Plan:
     batches: int
     tokens: int  # label tokens
     flops: float
+    last_pass_flops: float  # the least its last pass may cost
     blocks: int
     max_length: int
     eval_tokens: dict[str, int]
@@ -85,28 +86,34 @@ class Plan:
     price_ratio: float
 
 
-def make_plan(prepared: Prepared, model: Any, processes: int = 1) -> Plan:
-    """Count what a baseline arm will do and cost."""
+def make_plan(prepared: Prepared, model: Any, processes: int = 1, stored_blocks: int = 0) -> Plan:
+    """Count what a baseline arm will do and cost.
+
+    Args:
+        prepared: Text and tokenizer.
+        model: With its adapters; weights are not needed.
+        processes: That share each batch.
+        stored_blocks: Training blocks whose prefix activations are kept after the first epoch.
+    """
     config = prepared.config
     stream = make_stream(prepared, seed=0, rank=0, world=processes)
-    flops, tokens = flop_model(model, config.model.gradient_checkpointing), 0
-    epoch_flops = 0.0
-    for start in range(0, len(prepared.blocks), stream.batch_rows):
-        rows = min(stream.batch_rows, len(prepared.blocks) - start)
-        epoch_flops += flops.fresh([(rows, config.max_length)])
-        tokens += rows * (config.max_length - 1)
-    epochs = config.training.epochs
+    flops, blocks, epochs = flop_model(model, config.model.gradient_checkpointing), len(prepared.blocks), config.training.epochs
+    tokens = blocks * (config.max_length - 1)
+    epoch_flops, saved = flops.fresh([(blocks, config.max_length)]), flops.prefix.of([(stored_blocks, config.max_length)])
+    last_shape = [((blocks - 1) % stream.batch_rows + 1, config.max_length)]
+    reused = config.speed.reuse != "off"
     return Plan(
         batches=stream.batches_per_epoch * epochs,
         tokens=tokens * epochs,
-        flops=epoch_flops * epochs,
+        flops=epoch_flops * epochs - saved * (epochs - 1),
+        last_pass_flops=flops.repeat(last_shape) if stored_blocks and epochs > 1 else flops.fresh(last_shape),
         blocks=len(prepared.blocks),
         max_length=config.max_length,
         eval_tokens={split: text.tokens for split, text in prepared.texts.items()},
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         parameters=sum(p.numel() for p in model.parameters()),
         memory_mb=memory_estimate_mb(model, config.training.batch_size, config.max_length),
-        price_ratio=flops.price_ratio([(config.training.batch_size, config.max_length)]),
+        price_ratio=flops.price_ratio([(config.training.batch_size, config.max_length)]) if reused else 1.0,
     )
 
 

@@ -4,19 +4,21 @@ What does not live here: how often a batch is repeated (:mod:`iterbatch.strategy
 """
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from iterbatch.budget import Allowance, FlopModel, Ledger
-from iterbatch.data_loader import IGNORED, Batch, MicroBatch
+from iterbatch.cut import CutModel
+from iterbatch.data_loader import Batch, MicroBatch
 from iterbatch.model import adapter_parameters, copy_adapter, set_adapter
 from iterbatch.record import BatchRecord
+from iterbatch.reuse import Fetched, PrefixSource
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class StepSettings:
     lr: float  # peak learning rate
     warmup: float = 0.03  # share of the budget
     clip_norm: float = 1.0
+    reuse: bool = True  # keep the prefix activations of a batch for its repeats
 
 
 def schedule(fraction: float, warmup: float) -> float:
@@ -40,15 +43,6 @@ def schedule(fraction: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (fraction - warmup) / (1 - warmup)))
 
 
-def token_nats(model: Any, micro: MicroBatch) -> Tensor:
-    """Cross-entropy of every position of a micro-batch, in nats: (rows x length) float32, 0 where there is no label."""
-    options = {}
-    if micro.attention_mask is not None:
-        options = {"attention_mask": micro.attention_mask, "position_ids": (micro.attention_mask.cumsum(1) - 1).clamp(min=0)}
-    logits = model(input_ids=micro.input_ids, use_cache=False, **options).logits  # (rows, length, vocabulary)
-    return functional.cross_entropy(logits.flatten(0, 1).float(), micro.labels.flatten(), ignore_index=IGNORED, reduction="none")
-
-
 def make_optimizer(model: Any, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """Fused AdamW on the adapters; beta2 0.99 follows the gradient of a short fine-tuning run."""
     return torch.optim.AdamW(adapter_parameters(model).values(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
@@ -58,13 +52,14 @@ class TrainingStep:
     """``step`` as a strategy sees it: ``step(batch)`` is the fresh pass, ``step.again()`` a repeat.
 
     Args:
-        model: PEFT model, prepared by the accelerator.
+        model: A :class:`iterbatch.cut.CutModel`, prepared by the accelerator.
         optimizer: Over the adapters, prepared by the accelerator.
         accelerator: Places tensors, casts, synchronises gradients. Its ``accumulate()`` is not used: it would mix batches when one is repeated.
         flop_model: What a pass costs.
         ledger: What has been spent.
         allowance: What may be spent; the learning rate follows it.
-        settings: Learning rate and clipping.
+        settings: Learning rate, clipping, reuse.
+        source: Of the training text's prefix activations; default: without a store.
     """
 
     def __init__(
@@ -76,39 +71,49 @@ class TrainingStep:
         ledger: Ledger,
         allowance: Allowance,
         settings: StepSettings,
+        source: PrefixSource | None = None,
     ) -> None:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.flop_model, self.ledger, self.allowance, self.settings = flop_model, ledger, allowance, settings
         self.learning_rate = 0.0
+        cut: CutModel = accelerator.unwrap_model(model)
+        self._source = source or PrefixSource(cut, accelerator.device)
+        self._keeps = settings.reuse and cut.cut > 0
         self._parameters = list(adapter_parameters(model).values())
         self._recorded = (ledger.flops, ledger.skipped_updates)  # as of the last record
+        self._entered: Batch | None = None
+        self._enter(Batch(()))
 
     # -- what a strategy uses ----------------------------------------------------------------------------------------------------------
 
     def __call__(self, batch: Batch) -> float:
         """Fresh pass on a new batch, and its update. Returns the initial loss, mean nats a label token."""
-        self._batch = self._place(batch)
+        self._enter(batch)
         self._label_tokens = self._total(batch.label_tokens)
         loss, self._gradient_norm = self._pass()
         self.ledger.batches += 1
-        self.ledger.flops_fresh += self._flops(self.flop_model.fresh)
+        self.ledger.flops_fresh += self.flop_model.repeat(batch.shapes) + self._charge_prefix()
         self.ledger.tokens_unique += self._label_tokens if batch.first_exposure else 0
         return loss
 
     def again(self) -> float:
         """A repeat on the same batch, and its update. Returns its loss before that update."""
         loss, _ = self._pass()
-        self.ledger.flops_repeat += self._flops(self.flop_model.repeat)
+        self.ledger.flops_repeat += self.flop_model.repeat(self._batch.shapes) + self._charge_prefix()
+        if self._keeps:
+            self.ledger.flops_saved += self.flop_model.prefix.of(self._batch.shapes)
+            self.ledger.seconds_saved += self._prefix_seconds
         return loss
 
     def affords_repeat(self) -> bool:
         """Whether one more repeat fits into the budget."""
-        return self.allowance.affords(self.ledger, self._flops(self.flop_model.repeat), self._label_tokens)
+        return self.allowance.affords(self.ledger, self._repeat_flops, self._label_tokens)
 
     @property
     def price_ratio(self) -> float:
-        """Price ratio rho of the current batch."""
-        return self.flop_model.price_ratio(self._batch.shapes)
+        """Price ratio rho of the current batch: 1 where its fresh pass was given its prefix as well."""
+        fresh = self.flop_model.repeat(self._batch.shapes) + self._prefix_flops
+        return self._repeat_flops / fresh
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the adapter."""
@@ -118,12 +123,17 @@ class TrainingStep:
         """Loss of a batch under a saved adapter, charged as a probe; the adapter in training is put back."""
         current = copy_adapter(self.model)
         set_adapter(self.model, adapter)
-        placed = self._place(batch)
+        self._enter(batch)  # the activations stay for its fresh pass, which follows
+        nats = torch.zeros((), device=self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
-            nats = torch.stack([token_nats(self.model, micro).sum() for micro in placed.micro_batches]).sum()
+            for index, micro in enumerate(self._batch.micro_batches):
+                nats += self.model(self._hidden(index, micro), micro).sum()
         set_adapter(self.model, current)
-        self.ledger.flops_probe += self.flop_model.forward(batch.shapes) * self.accelerator.num_processes
-        return float(self._reduced(nats)) / self._total(batch.label_tokens)
+        loss = float(self._reduced(nats)) / self._total(batch.label_tokens)
+        prefix = self._charge_prefix()  # due for the fresh pass anyway, unless that computes it once more
+        self.ledger.flops_fresh += prefix if self._keeps else 0.0
+        self.ledger.flops_probe += self.flop_model.forward(batch.shapes) - self.flop_model.prefix.of(batch.shapes) + (0.0 if self._keeps else prefix)
+        return loss
 
     def record(self, losses: list[float], planned: int) -> BatchRecord:
         """The record of the current batch, with all that was charged since the last record, a probe before its fresh pass included.
@@ -158,7 +168,7 @@ class TrainingStep:
             # Gradients are averaged over processes: times their number, over all label tokens, makes that the mean a token.
             with contextlib.nullcontext() if index == last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    micro_nats = token_nats(self.model, micro).sum()
+                    micro_nats = self.model(self._hidden(index, micro), micro).sum()
                 self.accelerator.backward(micro_nats * (self.accelerator.num_processes / self._label_tokens))
             nats += micro_nats.detach()
         norm = self._update()
@@ -186,18 +196,70 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
 
-    def _place(self, batch: Batch) -> Batch:
-        micro_batches = tuple(micro.to(self.accelerator.device) for micro in batch.micro_batches)
-        return Batch(micro_batches, batch.index, batch.epoch)
+    # -- the frozen prefix -------------------------------------------------------------------------------------------------------------
 
-    def _flops(self, price: Callable[[list[tuple[int, int]]], float]) -> float:
-        return price(self._batch.shapes) * self.accelerator.num_processes
+    def _enter(self, batch: Batch) -> None:
+        """Make a batch the current one, unless a probe has done so; activations of the one before it are let go."""
+        if batch is not self._entered:
+            self._entered, self._batch = batch, batch.to(self.accelerator.device)
+            self._kept: dict[int, Tensor] = {}  # micro-batch to its prefix activations
+            self._fetched: list[Fetched] = []  # not charged yet
+            self._prefix_flops = self._prefix_seconds = 0.0
+
+    def _hidden(self, index: int, micro: MicroBatch) -> Tensor:
+        """Prefix activations of a micro-batch: kept from the fresh pass, or fetched."""
+        if index in self._kept:
+            return self._kept[index]
+        fetched = self._source.fetch(micro)
+        self._fetched.append(dataclasses.replace(fetched, hidden=fetched.hidden.new_empty(0)))
+        if self._keeps:
+            self._kept[index] = fetched.hidden
+        return fetched.hidden
+
+    def _charge_prefix(self) -> float:
+        """Charge what was fetched since the last charge, as if this arm ran alone; returns its FLOPs.
+
+        An arm pays for a block when it meets it first, computed or served: in FLOPs, and in the seconds recorded when it was computed. Later it
+        pays for what is computed. Called after a loss has been read: the device is done, and storing costs it nothing.
+        """
+        if not self._fetched:
+            return 0.0
+        seconds_computed = self._source.settle()
+        computed, served, seconds_served = self._totals(
+            sum(fetched.computed for fetched in self._fetched),
+            sum(fetched.served for fetched in self._fetched),
+            sum(fetched.seconds_served for fetched in self._fetched),
+        )
+        self._fetched.clear()
+        seconds_served /= self.accelerator.num_processes  # they work side by side
+        self._prefix_seconds = seconds_computed + seconds_served
+        length = self._batch.shapes[0][1]
+        if self._batch.first_exposure:
+            self.ledger.train_seconds += seconds_served
+            self.ledger.seconds_charged += seconds_served
+            self._prefix_flops = self.flop_model.prefix.of(self._batch.shapes)
+        else:
+            self.ledger.flops_saved += self.flop_model.prefix.of([(served, length)])
+            self.ledger.seconds_saved += seconds_served
+            self._prefix_flops = self.flop_model.prefix.of([(computed, length)])
+        return self._prefix_flops
+
+    @property
+    def _repeat_flops(self) -> float:
+        prefix = 0.0 if self._keeps else self.flop_model.prefix.of(self._batch.shapes)
+        return self.flop_model.repeat(self._batch.shapes) + prefix
+
+    # -- processes ---------------------------------------------------------------------------------------------------------------------
 
     def _reduced(self, value: Tensor) -> Tensor:
         """Sum over processes, so that all of them decide alike: a rank-local decision would hang the job."""
         return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value
 
     def _total(self, count: int) -> int:
+        return int(self._totals(count)[0])
+
+    def _totals(self, *values: float) -> Sequence[float]:
+        """Sums over processes of numbers that are known on the host."""
         if self.accelerator.num_processes == 1:
-            return count
-        return int(self._reduced(torch.tensor(count, device=self.accelerator.device)))
+            return values
+        return self._reduced(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)).tolist()

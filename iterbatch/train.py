@@ -19,6 +19,7 @@ from iterbatch.config import (
     DataConfig,
     ModelConfig,
     RunConfig,
+    SpeedConfig,
     StrategyConfig,
     TrainingConfig,
     check,
@@ -41,6 +42,7 @@ class _TrainFlags:
     model: Group[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
     data: Group[DataConfig] = dataclasses.field(default_factory=DataConfig)
     training: Group[TrainingConfig] = dataclasses.field(default_factory=TrainingConfig)
+    speed: Group[SpeedConfig] = dataclasses.field(default_factory=SpeedConfig)
     strategy: Group[StrategyConfig] = dataclasses.field(default_factory=StrategyConfig)
     run: Group[RunConfig] = dataclasses.field(default_factory=RunConfig)
 
@@ -123,7 +125,7 @@ def parse_config(arguments: Sequence[str]) -> BenchConfig:
     parsed = _cli(_TrainFlags, arguments)
     if parsed.run.config is not None:
         parsed = _cli(_TrainFlags, [*_file_arguments(parsed.run.config), *arguments])
-    config = BenchConfig(parsed.model, parsed.data, parsed.training, parsed.strategy, parsed.run)
+    config = BenchConfig(parsed.model, parsed.data, parsed.training, parsed.speed, parsed.strategy, parsed.run)
     check(config)
     return config
 

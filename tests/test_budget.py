@@ -5,18 +5,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iterbatch.budget import Allowance, FlopModel, Ledger
 from iterbatch.config import make_config
+from iterbatch.cut import CutModel
+from iterbatch.data_loader import MicroBatch
 from iterbatch.model import flop_model, load_base, load_model
 
 ROWS, LENGTH = 2, 64
 
 
-def _counted(model, backward):
+def _counted(model, backward, repeat=False):
     """FLOPs as torch counts them. The plain attention kernel is used because torch has no count for the fused one on CPU."""
     ids = torch.randint(0, 4096, (ROWS, LENGTH))
+    cut, micro = CutModel(model), MicroBatch(ids, ids)
+    hidden = cut.prefix(micro)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        nats = cut(hidden if repeat else cut.prefix(micro), micro).sum()
         if backward:
-            loss.backward()
+            nats.backward()
     return counter.get_total_flops()
 
 
@@ -41,6 +45,7 @@ def test_flop_model_agrees_with_torch(flags):
     ours = flop_model(model, config.model.gradient_checkpointing)
     shapes = [(ROWS, LENGTH)]
     assert ours.fresh(shapes) == pytest.approx(_counted(model, backward=True), rel=0.02)
+    assert ours.repeat(shapes) == pytest.approx(_counted(model, backward=True, repeat=True), rel=0.02)
     if not config.model.gradient_checkpointing:
         with torch.no_grad():
             assert ours.forward(shapes) == pytest.approx(_counted(model, backward=False), rel=0.02)
@@ -71,14 +76,15 @@ def test_planning_needs_no_weights():
     assert planned == loaded
 
 
-def test_top_layers_cost_less_and_a_repeat_costs_a_fresh_pass():
-    costs = {}
+def test_top_layers_cost_less_and_their_repeats_less_still():
+    costs, ratios = {}, {}
     for layers in ("all", "top:4", "top:2"):
         config = make_config(lora_layers=layers)
         model = flop_model(load_model(load_base(config), config.model, meta=True))
         costs[layers] = model.fresh([(4, 256)])
-        assert model.price_ratio([(4, 256)]) == 1.0  # the frozen prefix is computed again
+        ratios[layers] = model.price_ratio([(4, 256)])
     assert costs["top:2"] < costs["top:4"] < costs["all"]
+    assert ratios["top:2"] < ratios["top:4"] < ratios["all"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from iterbatch.config import make_config
+from iterbatch.cut import CutModel
 from iterbatch.data_loader import EvalText, Window, prepare_eval, rolling_windows
 from iterbatch.documents import Document
 from iterbatch.evaluate import Score, score
@@ -22,11 +23,16 @@ def model(tiny_folder):
 
 
 @pytest.fixture(scope="module")
+def cut(model):
+    return CutModel(model)
+
+
+@pytest.fixture(scope="module")
 def text(tokenizer):
     return prepare_eval([Document.of(text) for text in TEXTS], tokenizer, max_length=32)
 
 
-def test_perplexity_by_hand_on_unequal_lengths_with_padding(model, tokenizer, text):
+def test_perplexity_by_hand_on_unequal_lengths_with_padding(model, cut, tokenizer, text):
     nats, tokens = 0.0, 0
     for document in TEXTS:  # each document alone, unpadded, window by window
         ids = tokenizer(document, add_special_tokens=False)["input_ids"]
@@ -38,7 +44,7 @@ def test_perplexity_by_hand_on_unequal_lengths_with_padding(model, tokenizer, te
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([context]), use_cache=False).logits[0]
             nats += functional.cross_entropy(logits[-(end - start) :].double(), torch.tensor(ids[start:end]), reduction="sum").item()
-    result = score(model, text, make_accelerator("no"), batch_size=3, pad_id=tokenizer.pad_token_id)
+    result = score(cut, text, make_accelerator("no"), batch_size=3, pad_id=tokenizer.pad_token_id)
     assert result.tokens == tokens
     assert result.nats == pytest.approx(nats, rel=1e-6)
     assert result.ppl == pytest.approx(math.exp(nats / tokens), rel=1e-6)
@@ -47,20 +53,20 @@ def test_perplexity_by_hand_on_unequal_lengths_with_padding(model, tokenizer, te
 
 
 @pytest.mark.parametrize(("batch_size", "side"), [(1, "right"), (2, "right"), (7, "right"), (3, "left"), (1, "left")])
-def test_result_does_not_depend_on_batch_size_or_padding_side(model, text, batch_size, side):
+def test_result_does_not_depend_on_batch_size_or_padding_side(cut, text, batch_size, side):
     accelerator = make_accelerator("no")
-    reference = score(model, text, accelerator, batch_size=1, pad_id=2)
-    assert score(model, text, accelerator, batch_size=batch_size, pad_id=2, padding_side=side).nats == pytest.approx(reference.nats, rel=1e-6)
+    reference = score(cut, text, accelerator, batch_size=1, pad_id=2)
+    assert score(cut, text, accelerator, batch_size=batch_size, pad_id=2, padding_side=side).nats == pytest.approx(reference.nats, rel=1e-6)
 
 
-def test_result_does_not_depend_on_packing(model, tokenizer, text):
+def test_result_does_not_depend_on_packing(cut, tokenizer, text):
     """Windows in any order, or split over two texts, add up to the same."""
     accelerator = make_accelerator("no")
-    whole = score(model, text, accelerator, pad_id=2).nats
+    whole = score(cut, text, accelerator, pad_id=2).nats
     shuffled = EvalText(text.windows[::-1], text.words, text.bytes, text.tokens, text.documents)
     parts = [prepare_eval([Document.of(part)], tokenizer, max_length=32) for part in TEXTS]
-    assert score(model, shuffled, accelerator, pad_id=2).nats == pytest.approx(whole, rel=1e-6)
-    assert sum(score(model, part, accelerator, pad_id=2).nats for part in parts) == pytest.approx(whole, rel=1e-6)
+    assert score(cut, shuffled, accelerator, pad_id=2).nats == pytest.approx(whole, rel=1e-6)
+    assert sum(score(cut, part, accelerator, pad_id=2).nats for part in parts) == pytest.approx(whole, rel=1e-6)
 
 
 def test_windows_score_every_token_once_and_never_see_their_target():

@@ -9,6 +9,7 @@ import yaml
 from iterbatch import bench
 from iterbatch.arm import Listener
 from iterbatch.config import make_config
+from iterbatch.cut import CutModel
 from iterbatch.data_loader import prepare_eval
 from iterbatch.documents import read_corpus
 from iterbatch.errors import RunError
@@ -142,7 +143,7 @@ def test_saved_adapter_reproduces_the_reported_perplexity(tiny, tmp_path, dtype)
     tokenizer = AutoTokenizer.from_pretrained(tiny["model_name"])
     text = prepare_eval(read_corpus("pydocs").splits["validation"], tokenizer, 32, 200)
     accelerator = make_accelerator("bf16" if dtype == "bfloat16" else "no")
-    result = score(accelerator.prepare_model(model, evaluation_mode=True), text, accelerator, pad_id=tokenizer.pad_token_id)
+    result = score(accelerator.prepare_model(CutModel(model), evaluation_mode=True), text, accelerator, pad_id=tokenizer.pad_token_id)
     assert result.ppl == pytest.approx(reported, rel=1e-4)
     assert result.ppl != pytest.approx(json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))[0]["base_val_ppl"], rel=1e-2)
 
@@ -239,12 +240,10 @@ def test_generate_continues_a_prompt(tiny, tmp_path, capsys):
 
 
 def test_an_arm_whose_losses_are_not_finite_stops_and_the_others_go_on(tiny, tmp_path, monkeypatch):
-    from iterbatch import step as step_module
+    real = CutModel.forward
 
-    real = step_module.token_nats
-
-    def broken(model, micro):
-        nats = real(model, micro)
+    def broken(model, hidden, micro):
+        nats = real(model, hidden, micro)
         return nats * float("nan") if model.training and broken.active else nats
 
     class Watching(Listener):
@@ -252,7 +251,7 @@ def test_an_arm_whose_losses_are_not_finite_stops_and_the_others_go_on(tiny, tmp
             broken.active = strategy == "baseline"
 
     broken.active = False
-    monkeypatch.setattr(step_module, "token_nats", broken)
+    monkeypatch.setattr(CutModel, "forward", broken)
     run_dir = bench.run(make_config(**tiny, strategies=["baseline", "abr"], batch_size=1, save_dir=tmp_path, run_name="run"), Watching())
     rows = {row["strategy"]: row for row in json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))}
     assert "10 batches in a row" in rows["baseline"]["stopped"]
