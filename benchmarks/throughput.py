@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from iterbatch.budget import Allowance, Ledger
 from iterbatch.config import BenchConfig, make_config
+from iterbatch.cut import CutModel, compiled
 from iterbatch.data_loader import BatchStream, prepare_blocks
 from iterbatch.documents import read_corpus
 from iterbatch.loop import fit
@@ -27,6 +28,7 @@ from iterbatch.step import StepSettings, TrainingStep, make_optimizer
 from iterbatch.strategy import ABRStrategy, BaselineStrategy, BaseTrainingStrategy
 
 BATCH, LENGTH, LR, WARM = 4, 256, 5e-3, 2
+COLD_STARTS: list[float] = []
 
 
 class Times:
@@ -43,15 +45,22 @@ class Times:
         """Nothing to score here."""
 
 
-def ours(model, blocks: np.ndarray, accelerator, strategy: BaseTrainingStrategy, batches: int) -> float:
+def ours(model, flops, blocks: np.ndarray, accelerator, strategy: BaseTrainingStrategy, batches: int) -> float:
     """Seconds a batch of this project's loop."""
     reset_adapter(model, seed=0)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, LR, 0.0))
     ledger, allowance, times = Ledger(), Allowance("epochs", batches + WARM, batches + WARM), Times()
-    step = TrainingStep(model, optimizer, accelerator, flop_model(model), ledger, allowance, StepSettings(LR))
+    step = TrainingStep(model, optimizer, accelerator, flops, ledger, allowance, StepSettings(LR))
     fit(strategy, BatchStream(blocks, BATCH, 1, seed=0), step, ledger, allowance, times, evals=1)
     accelerator.free_memory()
     return sum(times.seconds[WARM:]) / batches
+
+
+def ours_compiled(model, flops, blocks: np.ndarray, accelerator, batches: int) -> float:
+    """The same for the baseline with --compile: entered anew each turn, because it holds for the whole process, and after the first turn quick."""
+    with compiled(model, accelerator, (BATCH, LENGTH)) as cold_start:
+        COLD_STARTS.append(cold_start)
+        return ours(model, flops, blocks, accelerator, BaselineStrategy(), batches)
 
 
 def bare_loop(model, blocks: np.ndarray, passes: int) -> float:
@@ -124,18 +133,21 @@ def main() -> None:
     blocks = prepare_blocks(corpus.splits["train"], base.tokenizer, LENGTH, data_key=corpus.digest())
     accelerator = make_accelerator(PRECISION[base.dtype])
     # A model for each, so that no one's preparation (Accelerate patches the forward) is left over for another.
-    mine, bare, best_model = (load_model(base, config.model).train().to(accelerator.device) for _ in range(3))
-    mine = accelerator.prepare_model(mine)
+    mine, fast, bare, best_model, compiled_model = (load_model(base, config.model).train().to(accelerator.device) for _ in range(5))
+    flops = flop_model(mine)
+    mine, fast = (accelerator.prepare_model(CutModel(model)) for model in (mine, fast))
     default_model = load_model(load_base(make_config(dtype="float32")), config.model).train().to(accelerator.device)
     defaults = {"use_cpu": accelerator.device.type == "cpu"}
     best = defaults | {"bf16": base.dtype == "bfloat16", "optim": "adamw_torch_fused"}
     n, r = arguments.passes, arguments.repeats
     variants = {
-        "iterbatch baseline": lambda: ours(mine, blocks, accelerator, BaselineStrategy(), n),
+        "iterbatch baseline": lambda: ours(mine, flops, blocks, accelerator, BaselineStrategy(), n),
+        "iterbatch baseline, --compile": lambda: ours_compiled(fast, flops, blocks, accelerator, n),
         "bare PyTorch loop": lambda: bare_loop(bare, blocks, n),
         "Trainer, best settings": lambda: trainer(best_model, blocks, n, arguments.scratch, **best),
+        "Trainer, best settings and torch_compile": lambda: trainer(compiled_model, blocks, n, arguments.scratch, **best, torch_compile=True),
         "Trainer, defaults": lambda: trainer(default_model, blocks, n, arguments.scratch, **defaults),
-        f"iterbatch abr, {r} passes a batch": lambda: ours(mine, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r,
+        f"iterbatch abr, {r} passes a batch": lambda: ours(mine, flops, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r,
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(arguments.rounds):
@@ -143,6 +155,7 @@ def main() -> None:
         for name in names:
             seconds[name].append(variants[name]())
     report(seconds, base.dtype, arguments.rounds, n)
+    print(f"\nCold start of --compile: {COLD_STARTS[0]:.1f} s. Trainer's torch_compile starts within its uncounted passes.")
 
 
 def report(seconds: dict[str, list[float]], dtype: str, rounds: int, passes: int) -> None:

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from iterbatch.data_loader import IGNORED
 
-CHUNK_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits held at once: a CPU wants them in its cache, a GPU wants tall matrices
+CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits held at once: a CPU wants them in its cache, a GPU wants tall matrices
+LEAST_ROWS = 64  # positions a chunk, so that a large vocabulary's weights are not read for a few rows each time
 
 
 class _HeadNats(torch.autograd.Function):
@@ -28,23 +29,28 @@ class _HeadNats(torch.autograd.Function):
         labels: Tensor,  # (positions,) int64
         rows: int,  # positions a chunk
     ) -> Tensor:
-        nats = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+        device, vocabulary = hidden.device, len(weight)
+        nats = torch.empty(labels.shape, dtype=torch.float32, device=device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # One pair of buffers for all chunks: fresh memory would cost as much as the arithmetic.
+        logits = torch.empty((rows, vocabulary), dtype=weight.dtype, device=device)
+        log_p = torch.empty((rows, vocabulary), dtype=torch.float32, device=device)
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
-            wanted = labels[chunk, None]
-            target = wanted.clamp(min=0)
-            log_p = functional.log_softmax(hidden[chunk] @ weight.T, dim=1, dtype=torch.float32)
-            nats[chunk] = -log_p.gather(1, target)[:, 0]
+            target = labels[chunk, None].clamp(min=0)
+            some, p = logits[: len(target)], log_p[: len(target)]
+            torch.mm(hidden[chunk], weight.T, out=some)
+            torch.log_softmax(some, dim=1, dtype=torch.float32, out=p)
+            nats[chunk] = -p.gather(1, target)[:, 0]
             if gradient is not None:  # softmax minus one-hot, through the head
-                errors = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-                torch.mm(errors.to(weight.dtype), weight, out=gradient[chunk])
+                p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1.0))
+                torch.mm(some.copy_(p), weight, out=gradient[chunk])
         ctx.save_for_backward(gradient, labels)
         return nats.masked_fill_(labels == IGNORED, 0.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, labels = ctx.saved_tensors
         factor = upstream[0].masked_fill(labels == IGNORED, 0.0)
         return gradient * factor[:, None].to(gradient.dtype), None, None, None
@@ -59,9 +65,10 @@ def head_nats(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         labels: (rows, length) int64; ``IGNORED`` where there is nothing to predict.
 
     Returns:
-        (rows, length) float32 nats, 0 where there is no label. Memory beside inputs and result: ``CHUNK_ENTRIES`` logits, whatever the
-        vocabulary and the number of positions.
+        (rows, length) float32 nats, 0 where there is no label. Memory beside inputs, gradient and result: the logits of one chunk, however
+        many positions there are.
     """
-    rows = max(1, CHUNK_ENTRIES.get(hidden.device.type, CHUNK_ENTRIES["cuda"]) // weight.shape[0])
+    rows = max(LEAST_ROWS, CHUNK_ENTRIES.get(hidden.device.type, CHUNK_ENTRIES["cuda"]) // len(weight))
     flat = hidden.flatten(0, 1).to(weight.dtype)
-    return _HeadNats.apply(flat, weight, labels.flatten(), rows).view(labels.shape)  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _HeadNats.apply(flat, weight, labels.flatten(), min(rows, len(flat))).view(labels.shape)  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]

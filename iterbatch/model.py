@@ -165,9 +165,20 @@ def load_model(base: Base, config: ModelConfig, *, seed: int = 0, meta: bool = F
     )
     torch.manual_seed(seed)
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    if base.dtype != "float32":
+        _leave_casts_to_autocast(adapted)
     if config.gradient_checkpointing and not meta:
         _checkpoint(model)
     return adapted
+
+
+def _leave_casts_to_autocast(model: nn.Module) -> None:
+    """Keep PEFT from casting an adapter's input up to float32: under autocast it would be cast down again at once, forward and backward."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def _checkpoint(model: Any) -> None:

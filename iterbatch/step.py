@@ -239,9 +239,9 @@ class TrainingStep:
             self.ledger.seconds_charged += seconds_served
             self._prefix_flops = self.flop_model.prefix.of(self._batch.shapes)
         else:
-            self.ledger.flops_saved += self.flop_model.prefix.of([(served, length)])
+            self.ledger.flops_saved += self.flop_model.prefix.of([(int(served), length)])
             self.ledger.seconds_saved += seconds_served
-            self._prefix_flops = self.flop_model.prefix.of([(computed, length)])
+            self._prefix_flops = self.flop_model.prefix.of([(int(computed), length)])
         return self._prefix_flops
 
     @property

@@ -172,6 +172,8 @@ class ActivationStore:
 
     def close(self) -> None:
         """Let go of files and lock."""
+        if self._file.closed:
+            return
         self._file.close()
         self._index_file.close()
         del self._data, self._index
@@ -188,7 +190,7 @@ def _write_at(file: Any, position: int, data: bytes) -> None:
 
 def _checksum(item: int, data: np.ndarray, seconds: np.float64) -> int:
     start = zlib.crc32(np.array([item], dtype="<i8").tobytes() + np.array([seconds], dtype="<f8").tobytes())
-    return PRESENT | zlib.crc32(data, start)
+    return PRESENT | zlib.crc32(data.data, start)
 
 
 def _read_json(file: Path) -> Any:
