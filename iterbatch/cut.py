@@ -49,7 +49,7 @@ class CutModel(nn.Module):
     @torch.no_grad()
     def prefix(self, micro: MicroBatch) -> Tensor:
         """What enters the lowest adapted layer: (rows, length, width)."""
-        return self.frozen(input_ids=micro.input_ids, use_cache=False, **_attention(micro)).last_hidden_state
+        return _through(self.frozen, micro, input_ids=micro.input_ids)
 
     def forward(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """Cross-entropy of every position of a micro-batch, from its prefix activations.
@@ -57,8 +57,7 @@ class CutModel(nn.Module):
         Returns:
             (rows, length) float32 nats, 0 where there is no label.
         """
-        top = self.adapted(inputs_embeds=hidden, use_cache=False, **_attention(micro)).last_hidden_state
-        return head_nats(top, self.head.weight, micro.labels)
+        return head_nats(_through(self.adapted, micro, inputs_embeds=hidden), self.head.weight, micro.labels)
 
 
 @contextmanager
@@ -93,11 +92,18 @@ def compiled(placed: Any, accelerator: Any, shape: tuple[int, int]) -> Iterator[
         yield time.perf_counter() - start
 
 
-def _attention(micro: MicroBatch) -> dict[str, Tensor]:
-    """Nothing where padding, if any, is on the right: causal attention then needs no mask, and none is made."""
-    if micro.attention_mask is None:
-        return {}
-    return {"attention_mask": micro.attention_mask, "position_ids": (micro.attention_mask.cumsum(1) - 1).clamp(min=0)}
+UNMASKED = "causal_without_mask"  # a name Transformers knows no mask for: it makes none, and does not read positions off the device to decide
+
+
+def _through(part: Any, micro: MicroBatch, **inputs: Tensor) -> Tensor:
+    """Last hidden states of one part. Packed blocks, and padding on the right, need no mask beside causality."""
+    window = getattr(part.config, "sliding_window", None)
+    masked = micro.attention_mask is not None or (window is not None and micro.input_ids.shape[1] >= window)
+    part.config._attn_implementation = "sdpa" if masked else UNMASKED
+    if micro.attention_mask is not None:
+        positions = (micro.attention_mask.cumsum(1) - 1).clamp(min=0)
+        inputs |= {"attention_mask": micro.attention_mask, "position_ids": positions}
+    return part(use_cache=False, **inputs).last_hidden_state
 
 
 def _part(inner: Any, first: int, last: int) -> Any:

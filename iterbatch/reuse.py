@@ -57,8 +57,8 @@ class PrefixSource:
 
     def fetch(self, micro: MicroBatch) -> Fetched:
         """Read the rows that are stored, compute the others."""
-        if self.store is None or micro.blocks is None:
-            return Fetched(self._compute(micro, micro.blocks), computed=_counted(micro))
+        if self.store is None or not micro.blocks:
+            return Fetched(self._compute(micro, micro.blocks).to(self._dtype), computed=_counted(micro))
         ahead = micro.ahead or self.read_ahead(micro.blocks, micro.input_ids.shape)
         hidden, seconds = ahead.hidden.to(self.device, non_blocking=True), list(ahead.seconds)
         missing = [row for row, known in enumerate(seconds) if known is None]
@@ -108,7 +108,7 @@ class PrefixSource:
         if self.store is not None:
             hidden = hidden.to(DTYPES[self.store.layout.dtype])
         self._computed.append(_Computed(hidden, blocks, seconds))
-        return hidden.to(self._dtype) if self.store is None else hidden
+        return hidden
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def _clock(device: torch.device) -> Iterator[Callable[[], float]]:
 class Prefetch:
     """A stream whose next batch is on its way to the device, stored activations included, while the current one trains.
 
+    On a CPU there is no way to go, and a second thread would take cores from the training: batches are loaded when they are asked for.
+
     Args:
         stream: Of batches; its cursor is that of the batches handed out.
         source: Of the training text.
@@ -154,7 +156,7 @@ class Prefetch:
     def __init__(self, stream: BatchStream, source: PrefixSource) -> None:
         self.stream, self.source = stream, source
         self.cursor = stream.cursor
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._pool = None if source.device.type == "cpu" else ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._next: Future[Batch] | None = None
 
     def __iter__(self) -> "Prefetch":
@@ -162,8 +164,8 @@ class Prefetch:
 
     def __next__(self) -> Batch:
         """The next batch; the one after it starts loading."""
-        batch = (self._next or self._pool.submit(self._load)).result()
-        self._next = self._pool.submit(self._load)
+        batch = self._load() if self._next is None else self._next.result()
+        self._next = None if self._pool is None else self._pool.submit(self._load)
         self.cursor = batch.index + 1
         return batch
 
@@ -183,7 +185,8 @@ class Prefetch:
 
     def close(self) -> None:
         """End the thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------

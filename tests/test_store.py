@@ -47,8 +47,8 @@ def _read(store, number):
     return None if seconds is None else (row.float(), seconds)
 
 
-def _fill(store, numbers=range(len(LENGTHS))):
-    for number in numbers:
+def _fill(store, numbers=None):
+    for number in range(len(LENGTHS)) if numbers is None else numbers:
         store.write(number, _item(number), 0.5 + number)
 
 
