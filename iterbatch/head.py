@@ -55,6 +55,11 @@ class _HeadNats(torch.autograd.Function):
         return gradient * factor[:, None].to(gradient.dtype), None, None, None
 
 
+def chunk_rows(device: str, vocabulary: int) -> int:
+    """Positions whose logits are held at once."""
+    return max(LEAST_ROWS, CHUNK_ENTRIES.get(device, CHUNK_ENTRIES["cuda"]) // vocabulary)
+
+
 def head_nats(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of every position under ``softmax(hidden @ weight.T)``.
 
@@ -67,7 +72,7 @@ def head_nats(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         (rows, length) float32 nats, 0 where there is no label. Memory beside inputs, gradient and result: the logits of one chunk, however
         many positions there are.
     """
-    rows = max(LEAST_ROWS, CHUNK_ENTRIES.get(hidden.device.type, CHUNK_ENTRIES["cuda"]) // len(weight))
+    rows = chunk_rows(hidden.device.type, len(weight))
     flat = hidden.flatten(0, 1).to(weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         return _HeadNats.apply(flat, weight, labels.flatten(), min(rows, len(flat))).view(labels.shape)  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]

@@ -18,6 +18,7 @@ from iterbatch import hub
 from iterbatch.budget import FlopModel, LayerShape
 from iterbatch.config import BenchConfig, ModelConfig, adapted_layers
 from iterbatch.errors import ConfigError, ModelError
+from iterbatch.head import chunk_rows
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # the LLaMA layer layout
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -145,14 +146,31 @@ def load_model(base: Base, config: ModelConfig, *, seed: int = 0, meta: bool = F
     Raises:
         ModelError: where weights are missing, truncated or of other shapes.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     if meta:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(base.config, dtype=getattr(torch, base.dtype))
     else:
-        model = _load_weights(base, config)
+        model = load_weights(base, config)
+    adapted = attach_adapter(model, base, config, adapted_layers(config.lora_layers, base.layers), seed)
+    if config.gradient_checkpointing and not meta:
+        _checkpoint(model)
+    return adapted
+
+
+def attach_adapter(model: Any, base: Base, config: ModelConfig, layers: list[int], seed: int = 0) -> Any:
+    """Freeze a model and put adapters on some of its layers.
+
+    Args:
+        model: From :func:`load_weights`.
+        base: It was loaded for.
+        config: Rank, scale, dropout and targets.
+        layers: Numbers of the adapted layers, from 0.
+        seed: Of the adapters' initial weights.
+    """
+    from peft import LoraConfig, get_peft_model
+
     model.requires_grad_(False)
     model.config.use_cache = False
     lora = LoraConfig(
@@ -160,15 +178,13 @@ def load_model(base: Base, config: ModelConfig, *, seed: int = 0, meta: bool = F
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] - PEFT divides it, a fraction is as good
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_targets),
-        layers_to_transform=adapted_layers(config.lora_layers, base.layers),
+        layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=True)
     if base.dtype != "float32":
         _leave_casts_to_autocast(adapted)
-    if config.gradient_checkpointing and not meta:
-        _checkpoint(model)
     return adapted
 
 
@@ -189,7 +205,8 @@ def _checkpoint(model: Any) -> None:
     model.disable_input_require_grads()
 
 
-def _load_weights(base: Base, config: ModelConfig) -> Any:
+def load_weights(base: Base, config: ModelConfig) -> Any:
+    """The base model with its weights in the computing dtype, or quantised; :func:`load_model` says what it raises."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": getattr(torch, base.dtype), "attn_implementation": "sdpa", "trust_remote_code": config.trust_remote_code}
@@ -290,13 +307,14 @@ def _layer_shape(layer: nn.Module, score_width: int) -> LayerShape:
 
 
 def memory_estimate_mb(model: Any, rows: int, length: int) -> float:
-    """A rough estimate of peak training memory: weights, adapter with gradient and two AdamW moments, activations of the adapted part, logits.
+    """A rough estimate of peak training memory: weights, adapter with gradient and two AdamW moments, activations of the adapted part.
 
-    Activations are taken as 2 bytes for each of about 16 hidden-sized and 5 MLP-sized tensors a layer and token, logits as 10 bytes an entry.
+    Activations are taken as 2 bytes for each of about 16 hidden-sized and 5 MLP-sized tensors a layer and token, one chunk of logits as 6
+    bytes an entry.
     """
     config = model.config
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     adapter = sum(p.numel() * 16 for p in model.parameters() if p.requires_grad)
     adapted = sum(1 for module in model.modules() if hasattr(module, "self_attn") and any(p.requires_grad for p in module.parameters()))
     activations = rows * length * adapted * 2 * (16 * config.hidden_size + 5 * config.intermediate_size)
-    return (frozen + adapter + activations + rows * length * config.vocab_size * 10) / 1e6
+    return (frozen + adapter + activations + chunk_rows(model.device.type, config.vocab_size) * config.vocab_size * 6) / 1e6

@@ -11,8 +11,10 @@ from rich.text import Text
 from iterbatch.arm import Listener
 from iterbatch.config import BenchConfig
 from iterbatch.prepare import Plan
+from iterbatch.price import Placement, recommend
 from iterbatch.record import BatchRecord, EvalRecord
 from iterbatch.report import COLUMNS, StrategySummary, hint, plain
+from iterbatch.store import StoreInfo, stores_folder
 
 
 class RichListener(Listener):
@@ -124,3 +126,36 @@ def plan_table(plan: Plan, config: BenchConfig) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def print_prices(console: Console, measured: list[Placement], config: BenchConfig) -> None:
+    """The table of ``iterbatch price``, and what it recommends."""
+    size = f"batch {config.training.batch_size}{f' x {config.training.grad_accum}' if config.training.grad_accum > 1 else ''} x {config.max_length}"
+    table = Table(title=f"Price of a pass, {size}, median of {measured[0].rounds} rounds")
+    for column in ("--lora_layers", "fresh ms", "repeat ms", "rho measured", "rho in FLOPs", "prefix ms", "evaluation ms", "peak MB", "trained"):
+        table.add_column(column, justify="left" if column.startswith("--") else "right")
+    for each in measured:
+        times = [f"{value:,.1f}" for value in (each.fresh_ms, each.repeat_ms)]
+        ratios = [f"{value:.2f}" for value in (each.price_ratio_measured, each.price_ratio_flops)]
+        rest = [f"{each.prefix_ms:,.1f}", f"{each.evaluation_ms:,.1f}", f"{each.peak_memory_mb:,.0f}", f"{each.parameters:,}"]
+        table.add_row(each.lora_layers, *times, *ratios, *rest)
+    console.print(table)
+    chosen, reason = recommend(measured)
+    console.print(Text(f"Recommended: --lora_layers {chosen.lora_layers} ({reason})."))
+    console.print(Text("Fewer adapted layers also learn less: compare perplexities at equal compute, with a higher --lora_rank, before you settle."))
+
+
+def print_stores(console: Console, stores: list[StoreInfo]) -> None:
+    """The table of ``iterbatch cache list``."""
+    if not stores:
+        console.print(Text(f"No activations are kept in {stores_folder()}."))
+        return
+    table = Table(title=str(stores_folder()))
+    for column in ("key", "model", "text", "frozen layers", "dtype", "stored", "GB", "in use"):
+        table.add_column(column, justify="right" if column in ("stored", "GB") else "left")
+    for each in stores:
+        header, key = each.header, each.header.get("key", {})
+        shown = [plain(str(header.get(name, "?"))) for name in ("model", "text")] + [str(key.get(name, "?")) for name in ("cut", "dtype")]
+        table.add_row(each.key, *shown, f"{each.stored} of {header.get('items', '?')}", f"{each.gigabytes:.3f}", "yes" if each.in_use else "")
+    console.print(table)
+    console.print(Text(f"{sum(each.gigabytes for each in stores):.3f} GB in all. iterbatch cache clear [KEY ...] frees it."))

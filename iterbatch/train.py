@@ -1,13 +1,14 @@
-"""The command line: flags to a configuration to a run. ``iterbatch train``, ``iterbatch generate``; ``train.py`` in the root is the first of them."""
+"""The command line: flags to a configuration to a run. ``train.py`` in the root is ``iterbatch train``."""
 
 import dataclasses
+import json
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 import yaml
@@ -27,7 +28,12 @@ from iterbatch.config import (
 )
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 
-COMMANDS = ("train", "generate")
+COMMANDS = {
+    "train": "train LLaMA + LoRA with every strategy and compare perplexity and cost",
+    "generate": "continue a text with a trained adapter",
+    "price": "measure what fresh passes and repeats cost on this machine, for several placements of the adapters",
+    "cache": "show and free the activations that --reuse epoch keeps",
+}
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 Group = tyro.conf.OmitArgPrefixes
 
@@ -71,6 +77,33 @@ class GenerateFlags:
     """Seed of the draws; >= 0."""
 
 
+@dataclass(frozen=True)
+class _PriceFlags:
+    """Measure fresh pass, repeat, prefix and evaluation for adapters on all, half, a quarter and two of the layers, and recommend a placement."""
+
+    model: Group[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
+    max_length: int | None = None
+    """Tokens a block; 2 up to the model's context. Default: 512, or the context of a local model where that is shorter (bundled: 256)."""
+    batch_size: int = 4
+    """Blocks a micro-batch; >= 1."""
+    grad_accum: int = 1
+    """Micro-batches a batch; >= 1."""
+    seconds: float = 60.0
+    """Time for the measurements; > 0. At least three rounds are made."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class _CacheFlags:
+    """Show or free the activations that --reuse epoch keeps on disk."""
+
+    action: tyro.conf.Positional[Literal["list", "clear"]]
+    """list: what is there; clear: delete it, except what a run is using."""
+    keys: tyro.conf.Positional[tuple[str, ...]] = ()
+    """clear only these, as list shows them; a beginning is enough."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for bad input, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -101,14 +134,14 @@ def _dispatch(arguments: list[str], console: Console) -> int:
         console.print(f"iterbatch {__version__}")
         return 0
     if command in ("--help", "-h"):
-        console.print("usage: iterbatch {train,generate} [flags]\n", markup=False)
-        console.print("  train     train LLaMA + LoRA with every strategy and compare perplexity and cost")
-        console.print("  generate  continue a text with a trained adapter")
+        console.print(f"usage: iterbatch {{{','.join(COMMANDS)}}} [flags]\n", markup=False)
+        for name, purpose in COMMANDS.items():
+            console.print(f"  {name:9} {purpose}")
         console.print("\niterbatch train --help lists the flags; iterbatch train without flags runs offline in a few minutes.")
         return 0
     if command not in COMMANDS:
         raise ConfigError(f"unknown command '{command}'; choose from {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
-    return _train(rest, console) if command == "train" else _generate(rest, console)
+    return {"train": _train, "generate": _generate, "price": _price, "cache": _cache}[command](rest, console)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -122,17 +155,16 @@ def parse_config(arguments: Sequence[str]) -> BenchConfig:
         ConfigError: with all problems of the configuration.
         SystemExit: with code 2 for a flag that does not exist or a value of another type, 0 for ``--help``.
     """
-    parsed = _cli(_TrainFlags, arguments)
+    parsed = _cli("train", _TrainFlags, arguments)
     if parsed.run.config is not None:
-        parsed = _cli(_TrainFlags, [*_file_arguments(parsed.run.config), *arguments])
+        parsed = _cli("train", _TrainFlags, [*_file_arguments(parsed.run.config), *arguments])
     config = BenchConfig(parsed.model, parsed.data, parsed.training, parsed.speed, parsed.strategy, parsed.run)
     check(config)
     return config
 
 
-def _cli(kind: Any, arguments: Sequence[str]) -> Any:
-    name = "iterbatch generate" if kind is GenerateFlags else "iterbatch train"
-    return tyro.cli(kind, args=list(arguments), prog=name, use_underscores=True)
+def _cli(command: str, kind: Any, arguments: Sequence[str]) -> Any:
+    return tyro.cli(kind, args=list(arguments), prog=f"iterbatch {command}", use_underscores=True)
 
 
 def _file_arguments(path: Path) -> list[str]:
@@ -200,7 +232,7 @@ def _say_how_to_go_on(console: Console, run_dir: Path | None) -> None:
 
 
 def _generate(arguments: list[str], console: Console) -> int:
-    flags: GenerateFlags = _cli(GenerateFlags, arguments)
+    flags: GenerateFlags = _cli("generate", GenerateFlags, arguments)
     problems = []
     if flags.new_tokens < 1:
         problems.append(f"--new_tokens is {flags.new_tokens}; it must be at least 1")
@@ -217,6 +249,39 @@ def _generate(arguments: list[str], console: Console) -> int:
     sampling = Sampling(flags.new_tokens, flags.temperature, flags.top_p, flags.sampling_seed)
     text = continue_text(flags.run_dir, flags.prompt, sampling, strategy=flags.strategy, seed=flags.seed, greedy=flags.greedy)
     console.print(Text(report.plain(text)), soft_wrap=True)
+    return 0
+
+
+def _price(arguments: list[str], console: Console) -> int:
+    flags: _PriceFlags = _cli("price", _PriceFlags, arguments)
+    training = TrainingConfig(batch_size=flags.batch_size, grad_accum=flags.grad_accum)
+    config = BenchConfig(model=flags.model, data=DataConfig(max_length=flags.max_length), training=training)
+    check(config)
+    if not flags.seconds > 0:
+        raise ConfigError(f"--seconds is {flags.seconds}; it must be above 0")
+    _quiet_libraries()
+    from iterbatch import price, progress
+
+    if flags.json:
+        print(json.dumps(price.as_json(price.measure(config, flags.seconds), config), indent=2))  # noqa: T201 - plain, for another program
+        return 0
+    with console.status("loading the model") as status:
+        measured = price.measure(config, flags.seconds, status.update)
+    progress.print_prices(console, measured, config)
+    return 0
+
+
+def _cache(arguments: list[str], console: Console) -> int:
+    flags: _CacheFlags = _cli("cache", _CacheFlags, arguments)
+    from iterbatch import progress, store
+
+    if flags.action == "list":
+        progress.print_stores(console, store.list_stores())
+        return 0
+    deleted, left = store.clear_stores(flags.keys)
+    console.print(Text(f"{len(deleted)} store(s) deleted, {sum(each.gigabytes for each in deleted):.3f} GB freed"))
+    for each in left:
+        console.print(Text(f"{each.key} is in use, left alone"))
     return 0
 
 
