@@ -86,27 +86,40 @@ def bare_loop(model, blocks: np.ndarray, passes: int) -> float:
     return (time.perf_counter() - start) / passes
 
 
-def trainer(model, blocks: np.ndarray, passes: int, scratch: Path, **settings) -> float:
-    """Seconds a pass of Hugging Face Trainer."""
+def trainer(model, blocks: np.ndarray, passes: int, scratch: Path, warm: int = WARM, lr: float = LR, **settings) -> float:
+    """Seconds a pass of Hugging Face Trainer, on the batches that ours gets, in their order."""
+    from peft.tuners.lora import LoraLayer
+    from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = True  # PEFT's default, which a user of Trainer has; this project switches it off
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == WARM:
+            if state.global_step == warm:
                 self.start = time.perf_counter()
+
+        def on_train_begin(self, args, state, control, **_):
+            self.start = time.perf_counter()
 
         def on_train_end(self, args, state, control, **_):
             self.end = time.perf_counter()
 
     reset_adapter(model, seed=0)
     stream = BatchStream(blocks, BATCH, 1, seed=0)
-    order = np.concatenate([next(stream).micro_batches[0].input_ids.numpy() for _ in range(passes + WARM)])
+    order = np.concatenate([next(stream).micro_batches[0].input_ids.numpy() for _ in range(passes + warm)])
     rows = [{"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(row)} for row in order]
     arguments = TrainingArguments(
         output_dir=str(scratch),
         per_device_train_batch_size=BATCH,
-        max_steps=passes + WARM,
-        learning_rate=LR,
+        max_steps=passes + warm,
+        learning_rate=lr,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -114,7 +127,7 @@ def trainer(model, blocks: np.ndarray, passes: int, scratch: Path, **settings) -
         **settings,
     )
     clock = Clock()
-    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock]).train()
+    InOrder(model=model, args=arguments, train_dataset=rows, callbacks=[clock]).train()
     return (clock.end - clock.start) / passes
 
 

@@ -3,6 +3,8 @@
 Measured on two cores (AVX512-BF16), 4 x 256 tokens, 6 heads of 32, bfloat16, forward and backward of one layer: fused 8.7 ms, this 3.4 ms compiled.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,8 +45,13 @@ def attend(
     return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous(), None
 
 
-def use_for_compiling(model: Any) -> None:
-    """Let a model attend through :func:`attend`."""
+@contextmanager
+def attending(config: Any) -> Iterator[None]:
+    """Let the layers that hold a configuration attend through :func:`attend`."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    before, config._attn_implementation = config._attn_implementation, NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

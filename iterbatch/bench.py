@@ -16,7 +16,6 @@ import yaml
 
 from iterbatch import report
 from iterbatch.arm import ArmRun, Listener, Shared
-from iterbatch.attention import use_for_compiling
 from iterbatch.config import BenchConfig
 from iterbatch.cut import CutModel, compiled
 from iterbatch.data_loader import order_digest, tokenizer_digest
@@ -126,8 +125,6 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
     for message in prepared.corpus.notes:
         listener.note(f"{prepared.corpus.source}: {message}")
     # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients would then not be synchronised.
-    if config.speed.compile:
-        use_for_compiling(model.get_base_model())
     placed = accelerator.prepare_model(CutModel(model))
     cut, shape = accelerator.unwrap_model(placed), (config.training.batch_size, config.max_length)
     with (

@@ -75,21 +75,25 @@ def compiled(placed: Any, accelerator: Any, shape: tuple[int, int]) -> Iterator[
     Raises:
         ModelError: where nothing can be compiled on this machine.
     """
+    from iterbatch.attention import attending
+
     start, cut = time.perf_counter(), accelerator.unwrap_model(placed)
-    for layer in [*cut.frozen.layers, *cut.adapted.layers]:
+    layers: list[Any] = [*cut.frozen.layers, *cut.adapted.layers]
+    for layer in layers:
         layer.compile(dynamic=False)
     ids = torch.zeros(shape, dtype=torch.int64, device=accelerator.device)
     micro = MicroBatch(ids, ids)
-    try:
-        with accelerator.autocast():
-            nats = placed(cut.prefix(micro), micro).sum()
-        nats.backward()
-    except Exception as problem:  # torch raises many classes here, most of them its own backends'
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise ModelError(f"--compile does not work on this machine ({reason}); it needs a C++ compiler. Leave it out") from problem
-    cut.zero_grad()
-    with torch.compiler.set_stance("eager_on_recompile"):
-        yield time.perf_counter() - start
+    with attending(layers[0].self_attn.config):
+        try:
+            with accelerator.autocast():
+                nats = placed(cut.prefix(micro), micro).sum()
+            nats.backward()
+        except Exception as problem:  # torch raises many classes here, most of them its own backends'
+            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+            raise ModelError(f"--compile does not work on this machine ({reason}); it needs a C++ compiler. Leave it out") from problem
+        cut.zero_grad()
+        with torch.compiler.set_stance("eager_on_recompile"):
+            yield time.perf_counter() - start
 
 
 UNMASKED = "causal_without_mask"  # a name Transformers knows no mask for: it makes none, and does not read positions off the device to decide

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from iterbatch.attention import attend, use_for_compiling
+from iterbatch.attention import NAME, attend
 from iterbatch.config import make_config
 from iterbatch.cut import CutModel, compiled
 from iterbatch.data_loader import BatchStream, MicroBatch
@@ -39,7 +39,6 @@ def test_compiled_layers_give_the_same_gradients_and_compile_for_one_shape(tiny)
     """One test, because compiling takes seconds: value, gradients, another shape, evaluation, and what stays when it is over."""
     config = make_config(**tiny, lora_layers="top:1")
     model = load_model(load_base(config), config.model).train()
-    use_for_compiling(model.get_base_model())
     for name, parameter in adapter_parameters(model).items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
@@ -58,6 +57,7 @@ def test_compiled_layers_give_the_same_gradients_and_compile_for_one_shape(tiny)
     plain = gradients()
     with compiled(cut, accelerator, (4, 32)) as seconds:
         assert seconds > 0
+        assert model.config._attn_implementation == NAME
         assert all(p.grad is None for p in cut.parameters())
         graphs = counters["stats"]["unique_graphs"]
         assert graphs > 0
@@ -68,3 +68,4 @@ def test_compiled_layers_give_the_same_gradients_and_compile_for_one_shape(tiny)
         with torch.no_grad():
             cut.eval()(cut.prefix(micro), micro)
         assert counters["stats"]["unique_graphs"] == graphs  # nothing more was compiled
+    assert model.config._attn_implementation == "sdpa"
