@@ -140,13 +140,9 @@ def part_trainer(data: Path, rounds: int) -> None:
             cold.append(start)
             times["ours, --compile"].append(sum(seconds.values()))
             batches = EPOCHS * make_stream(theirs.prepared, 0, 0, 1).batches_per_epoch
-            settings = {
-                "use_cpu": theirs.accelerator.device.type == "cpu",
-                "bf16": theirs.prepared.base.dtype == "bfloat16",
-                "optim": "adamw_torch_fused",
-            }
-            schedule = {"lr_scheduler_type": "cosine", "warmup_steps": round(0.03 * batches), "adam_beta2": 0.99}
-            per_pass = trainer(theirs.model, theirs.prepared.blocks, batches, scratch, warm=0, lr=theirs.prepared.config.lr, **settings, **schedule)
+            best = {"use_cpu": theirs.accelerator.device.type == "cpu", "bf16": theirs.prepared.base.dtype == "bfloat16"}
+            schedule = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": round(0.03 * batches), "adam_beta2": 0.99}
+            per_pass = trainer(theirs.model, theirs.prepared.blocks, batches, scratch, warm=0, lr=theirs.prepared.config.lr, **best, **schedule)
             times["Trainer"].append(per_pass * batches)
             ppls["Trainer"] = theirs.ppl()
         for name, values in times.items():
@@ -182,6 +178,13 @@ def part_shared(data: Path, rounds: int) -> None:
         show(f"4 arms x 3 seeds x 3 epochs, {layers}: shared store / without", ratios, f"; with it {statistics.median(charged):.0f} s")
 
 
+def seconds_a_block(action: Callable[[Any], Any], batches: list[Any]) -> float:
+    start = time.perf_counter()
+    for micro in batches:
+        action(micro)
+    return (time.perf_counter() - start) / len(batches) / BATCH
+
+
 def part_read(data: Path, rounds: int) -> None:
     for layers in ("top:4", "top:2"):
         bed, ratios, reads = Bed.make(data, layers), [], []
@@ -189,19 +192,13 @@ def part_read(data: Path, rounds: int) -> None:
             source, stream = reuse.sources["train"], make_stream(bed.prepared, 0, 0, 1)
             batches = [next(stream).micro_batches[0] for _ in range(24)]
 
-            def seconds(action: Callable[[Any], Any]) -> float:
-                start = time.perf_counter()
-                for micro in batches:
-                    action(micro)
-                return (time.perf_counter() - start) / len(batches) / BATCH
-
             for _ in range(rounds):
                 with bed.accelerator.autocast():
-                    computing = seconds(bed.cut.prefix)
+                    computing = seconds_a_block(bed.cut.prefix, batches)
                     [(source.fetch(micro), source.settle()) for micro in batches]
                     assert source.store is not None
                     source.store._verified[:] = False  # as a new process reads: checksums included
-                    reading = seconds(source.fetch)
+                    reading = seconds_a_block(source.fetch, batches)
                 ratios.append(reading / computing)
                 reads.append(1e3 * reading)
         show(f"read / compute, a block, {layers}", ratios, f"; a read takes {statistics.median(reads):.3f} ms")
