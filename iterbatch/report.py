@@ -131,6 +131,7 @@ def _page(run_dir: Path, summaries: list[StrategySummary]) -> str:
     lines += ["", *_stopped(summaries)]
     if (note := hint(summaries)) is not None:
         lines += [note, ""]
+    lines += _reuse_section(summaries)
     lines += ["## Text", "", *_text_table(summaries), ""]
     lines += ["## Samples", ""]
     arms = [(summary.strategy, row["seed"]) for summary in summaries for row in summary.rows]
@@ -145,6 +146,24 @@ def _stopped(summaries: list[StrategySummary]) -> list[str]:
     skipped = [f"{row['strategy']} seed {row['seed']}: {row['skipped_updates']}" for row in rows if row["skipped_updates"]]
     lines += [f"Updates skipped because a loss or gradient was not finite: {', '.join(skipped)}."] if skipped else []
     return [line for text in lines for line in (text, "")]
+
+
+def _reuse_section(summaries: list[StrategySummary]) -> list[str]:
+    if not any(row.get("flops_saved") for summary in summaries for row in summary.rows):
+        return []
+    lines = [
+        "## Frozen prefix reused",
+        "",
+        "| strategy | GFLOPs saved | seconds saved | seconds charged for what another arm computed |",
+        "|" + " --- |" * 4,
+    ]
+    for summary in summaries:
+        saved = [f"{summary.mean(key) / scale:,.1f}" for key, scale in (("flops_saved", 1e9), ("seconds_saved", 1), ("seconds_charged", 1))]
+        lines.append(f"| {summary.strategy} | {' | '.join(saved)} |")
+    size = summaries[-1].rows[-1]["store_gb"]
+    kept = [f"Activations on disk: {size:.3f} GB.", ""] if size else []
+    note = "Means over seeds. Every arm is charged as if it ran alone; what is saved is what it neither computed nor paid for."
+    return [*lines, "", note, "", *kept]
 
 
 def _text_table(summaries: list[StrategySummary]) -> list[str]:

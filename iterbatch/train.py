@@ -263,7 +263,7 @@ def _price(arguments: list[str], console: Console) -> int:
     from iterbatch import price, progress
 
     if flags.json:
-        print(json.dumps(price.as_json(price.measure(config, flags.seconds), config), indent=2))  # noqa: T201 - plain, for another program
+        sys.stdout.write(json.dumps(price.as_json(price.measure(config, flags.seconds), config), indent=2) + "\n")  # plain, for another program
         return 0
     with console.status("loading the model") as status:
         measured = price.measure(config, flags.seconds, status.update)

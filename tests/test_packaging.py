@@ -56,7 +56,7 @@ def test_readme_commands(name):
     for command in ("pip install -c constraints.txt -e . && python train.py", 'pip install -c constraints.txt -e ".[test]" && pytest'):
         assert f"\n{command}\n" in text
     flags = set(re.findall(r"--([a-z][a-z_]+)", text))
-    assert flags <= set(knobs()) | {"prompt", "help", "strategy", "seed"}
+    assert flags <= set(knobs()) | {"prompt", "help", "strategy", "seed", "json"}
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
         assert (ROOT / target).exists(), target
 
