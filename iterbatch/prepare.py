@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from iterbatch import hub
-from iterbatch.config import BenchConfig
+from iterbatch.config import BenchConfig, adapted_layers
 from iterbatch.data_loader import BatchStream, EvalText, prepare_blocks, prepare_eval
 from iterbatch.documents import NAMED, Corpus, read_corpus, unreachable_dataset
 from iterbatch.errors import ConfigError, UserError
 from iterbatch.model import Base, flop_model, load_base, load_model, memory_estimate_mb
+from iterbatch.store import Layout
+
+SPLITS = ("train", "validation", "test")  # in the order in which their activations get room
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,11 @@ class Prepared:
     corpus: Corpus
     blocks: Any  # (blocks, length) token ids, memory-mapped
     texts: dict[str, EvalText]  # validation and test
+
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether prefix activations are to be kept on disk, and there is a prefix."""
+        return self.config.speed.reuse == "epoch" and adapted_layers(self.config.model.lora_layers, self.base.layers)[0] > 0
 
 
 def prepare(config: BenchConfig) -> Prepared:
@@ -43,7 +51,10 @@ def prepare(config: BenchConfig) -> Prepared:
     corpus = read_corpus(data.dataset, dataset_config=data.dataset_config, data_dir=data.data_dir, chat_template=template)
     blocks = prepare_blocks(corpus.splits["train"], tokenizer, config.max_length, data.max_train_tokens, data_key=corpus.digest())
     texts = {split: prepare_eval(corpus.splits[split], tokenizer, config.max_length, data.max_eval_tokens) for split in ("validation", "test")}
-    return Prepared(config, base, corpus, blocks, texts)
+    prepared = Prepared(config, base, corpus, blocks, texts)
+    if prepared.keeps_activations:
+        layouts(prepared, base.config.hidden_size)  # says whether the limit has room for a block
+    return prepared
 
 
 def _chat_template(tokenizer: Any) -> Any:
@@ -67,6 +78,26 @@ def _dataset_problem(config: BenchConfig) -> str | None:
         return None
     problem = hub.problem_with(name, "dataset")
     return None if problem is None else unreachable_dataset(name, problem)
+
+
+def layouts(prepared: Prepared, width: int) -> dict[str, Layout]:
+    """The room each text's activations get within ``--reuse_limit_gb``, the training text first.
+
+    Raises:
+        ConfigError: where the limit has no room for a single block.
+    """
+    speed, left, result = prepared.config.speed, prepared.config.speed.reuse_limit_gb * 1e9, {}
+    lengths = {"train": [prepared.blocks.shape[1]] * len(prepared.blocks)}
+    lengths |= {split: [len(window.input_ids) for window in text.windows] for split, text in prepared.texts.items()}
+    for split in SPLITS:
+        layout = Layout(lengths[split], width, speed.reuse_dtype, left)
+        if split == "train" and not layout.capacity:
+            raise ConfigError(
+                f"--reuse_limit_gb is {speed.reuse_limit_gb:g}, less than one block ({layout.offsets[1] / 1e9:.2g} GB); "
+                f"all {len(prepared.blocks)} take {layout.offsets[-1] / 1e9:.2g} GB. Give more, or --reuse batch"
+            )
+        result[split], left = layout, left - layout.bytes
+    return result
 
 
 @dataclass(frozen=True)
@@ -120,7 +151,8 @@ def make_plan(prepared: Prepared, model: Any, processes: int = 1, stored_blocks:
 def plan(config: BenchConfig) -> tuple[Prepared, Plan]:
     """Resolve everything and train nothing: what ``--dry_run`` shows. The model is built without storage."""
     prepared = prepare(config)
-    return prepared, make_plan(prepared, load_model(prepared.base, config.model, meta=True))
+    stored = layouts(prepared, prepared.base.config.hidden_size)["train"].capacity if prepared.keeps_activations else 0
+    return prepared, make_plan(prepared, load_model(prepared.base, config.model, meta=True), stored_blocks=stored)
 
 
 def make_stream(prepared: Prepared, seed: int, rank: int, world: int) -> BatchStream:

@@ -151,12 +151,8 @@ def _stopped(summaries: list[StrategySummary]) -> list[str]:
 def _reuse_section(summaries: list[StrategySummary]) -> list[str]:
     if not any(row.get("flops_saved") for summary in summaries for row in summary.rows):
         return []
-    lines = [
-        "## Frozen prefix reused",
-        "",
-        "| strategy | GFLOPs saved | seconds saved | seconds charged for what another arm computed |",
-        "|" + " --- |" * 4,
-    ]
+    columns = "| strategy | GFLOPs saved | seconds saved | seconds charged for what another arm computed |"
+    lines = ["## Frozen prefix reused", "", columns, "|" + " --- |" * 4]
     for summary in summaries:
         saved = [f"{summary.mean(key) / scale:,.1f}" for key, scale in (("flops_saved", 1e9), ("seconds_saved", 1), ("seconds_charged", 1))]
         lines.append(f"| {summary.strategy} | {' | '.join(saved)} |")

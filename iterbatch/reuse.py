@@ -22,12 +22,9 @@ from torch import Tensor
 
 from iterbatch.cut import CutModel
 from iterbatch.data_loader import Ahead, Batch, BatchStream, MicroBatch
-from iterbatch.errors import ConfigError
-from iterbatch.prepare import Prepared
+from iterbatch.prepare import SPLITS, Prepared, layouts
 from iterbatch.processes import from_main, is_main
 from iterbatch.store import DTYPES, ActivationStore, Layout, Warn, stores_folder
-
-SPLITS = ("train", "validation", "test")  # in the order in which they get room
 
 
 @dataclass(frozen=True)
@@ -219,11 +216,7 @@ class Reuse:
 
 @contextmanager
 def open_reuse(prepared: Prepared, model: CutModel, device: torch.device, warn: Warn) -> Iterator[Reuse]:
-    """Open what a run's configuration asks for; without a prefix to reuse, or a folder to write to, say so and go on without.
-
-    Raises:
-        ConfigError: where ``--reuse_limit_gb`` has no room for a single block.
-    """
+    """Open what a run's configuration asks for; without a prefix to reuse, or a folder to write to, say so and go on without."""
     stores: dict[str, ActivationStore | None] = dict.fromkeys(SPLITS)
     if prepared.config.speed.reuse == "epoch":
         if model.cut == 0:
@@ -235,26 +228,6 @@ def open_reuse(prepared: Prepared, model: CutModel, device: torch.device, warn: 
         yield reuse
     finally:
         reuse.close()
-
-
-def layouts(prepared: Prepared, width: int) -> dict[str, Layout]:
-    """The room each text gets within the limit, the training text first.
-
-    Raises:
-        ConfigError: where the limit has no room for a single block.
-    """
-    speed, left, result = prepared.config.speed, prepared.config.speed.reuse_limit_gb * 1e9, {}
-    lengths = {"train": [prepared.blocks.shape[1]] * len(prepared.blocks)}
-    lengths |= {split: [len(window.input_ids) for window in text.windows] for split, text in prepared.texts.items()}
-    for split in SPLITS:
-        layout = Layout(lengths[split], width, speed.reuse_dtype, left)
-        if split == "train" and not layout.capacity:
-            raise ConfigError(
-                f"--reuse_limit_gb is {speed.reuse_limit_gb:g}, less than one block ({layout.offsets[1] / 1e9:.2g} GB); "
-                f"all {len(prepared.blocks)} take {layout.offsets[-1] / 1e9:.2g} GB. Give more, or --reuse batch"
-            )
-        result[split], left = layout, left - layout.bytes
-    return result
 
 
 def _open_stores(prepared: Prepared, model: CutModel, warn: Warn) -> dict[str, ActivationStore | None]:
@@ -288,6 +261,7 @@ def _header(prepared: Prepared, model: CutModel, split: str, layout: Layout, wei
         "cut": model.cut,
         "dtype": layout.dtype,
         "computed_in": prepared.base.dtype,
+        "compiled": prepared.config.speed.compile,
         "device": next(model.parameters()).device.type,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
     }

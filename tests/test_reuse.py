@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from iterbatch import bench
+from iterbatch import bench, prepare
 from iterbatch.arm import Listener
 from iterbatch.budget import Allowance, Ledger
 from iterbatch.config import make_config
@@ -379,6 +379,9 @@ def test_a_run_is_the_same_with_every_kind_of_reuse_and_cheaper(quick, monkeypat
     blocks = 16 * 32 + sum(json.loads((runs["off"] / "manifest.json").read_text(encoding="utf-8"))["plan"]["eval_tokens"].values())
     assert rows["filled"]["abr", 0]["store_gb"] == pytest.approx(blocks * 32 * 4 / 1e9, rel=0.25)
     assert len(list((tmp_path / "cache" / "activations").iterdir())) == 3
+    assert "## Frozen prefix reused" in (runs["filled"] / "summary.md").read_text(encoding="utf-8")
+    _, plan = prepare.plan(make_config(**quick, reuse="epoch", dry_run=True))
+    assert plan.flops == pytest.approx(cost["filled"][0])
 
 
 def test_with_matched_flops_the_baseline_does_every_batch_and_nobody_overspends(quick, monkeypatch, tmp_path):
@@ -401,9 +404,10 @@ def test_lora_on_the_lowest_layer_is_told_that_there_is_nothing_to_reuse(quick):
     assert _rows(run)["baseline", 0]["store_gb"] == 0
 
 
-def test_a_limit_below_one_block_is_refused_before_training(quick):
+def test_a_limit_below_one_block_is_refused_before_anything_is_made(quick, tmp_path):
     with pytest.raises(ConfigError, match="less than one block"):
         bench.run(make_config(**quick, reuse="epoch", reuse_limit_gb=1e-9, run_name="small"))
+    assert not (tmp_path / "small").exists()
 
 
 def test_a_store_folder_that_cannot_be_made_is_done_without(quick, monkeypatch, tmp_path):
