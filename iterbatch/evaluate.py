@@ -81,7 +81,7 @@ def score(
             micro = dataclasses.replace(micro, blocks=tuple(group))
         with torch.no_grad(), accelerator.autocast():
             micro = micro.to(accelerator.device)
-            nats += model(source.fetch(micro).hidden, micro).sum(dtype=torch.float64).to(nats.device)
+            nats += model(source.fetch(micro)[0], micro).sum(dtype=torch.float64).to(nats.device)
         source.settle()
     model.train(training)
     return Score(float(accelerator.reduce(nats, "sum")), text.tokens, text.words, text.bytes)

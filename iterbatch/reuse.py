@@ -28,10 +28,9 @@ from iterbatch.store import DTYPES, ActivationStore, Layout, Warn, stores_folder
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """Activations of a micro-batch and where they came from. Rows are counted on this process, rows without a label not at all."""
+class Receipt:
+    """Where the activations of a micro-batch came from. Rows are counted on this process, rows without a label not at all."""
 
-    hidden: Tensor  # (rows, length, width), on the device, in the model's dtype
     computed: int = 0  # rows
     served: int = 0  # rows
     seconds_served: float = 0.0  # what the served rows took when they were computed
@@ -52,10 +51,14 @@ class PrefixSource:
         self.model, self.device, self.store = model, device, store
         self._computed: list[_Computed] = []  # since the last settle()
 
-    def fetch(self, micro: MicroBatch) -> Fetched:
-        """Read the rows that are stored, compute the others."""
+    def fetch(self, micro: MicroBatch) -> tuple[Tensor, Receipt]:
+        """Read the rows that are stored, compute the others.
+
+        Returns:
+            (rows, length, width) on the device in the model's dtype, and where they came from.
+        """
         if self.store is None or not micro.blocks:
-            return Fetched(self._compute(micro, micro.blocks).to(self._dtype), computed=_counted(micro))
+            return self._compute(micro, micro.blocks).to(self._dtype), Receipt(computed=_counted(micro))
         ahead = micro.ahead or self.read_ahead(micro.blocks, micro.input_ids.shape)
         hidden, seconds = ahead.hidden.to(self.device, non_blocking=True), list(ahead.seconds)
         missing = [row for row, known in enumerate(seconds) if known is None]
@@ -69,7 +72,7 @@ class PrefixSource:
             computed = self._compute(_rows(micro, missing), [micro.blocks[row] for row in missing])
             hidden = hidden.to(computed.dtype).index_copy(0, torch.tensor(missing, device=self.device), computed)
         served = [known for known in seconds if known is not None]
-        return Fetched(hidden.to(self._dtype), len(missing), len(served), sum(served))
+        return hidden.to(self._dtype), Receipt(len(missing), len(served), sum(served))
 
     def read_ahead(self, blocks: Sequence[int], shape: Sequence[int]) -> Ahead:
         """What the store has of these items, padded to a length of ``shape[1]``; touches neither model nor device."""

@@ -4,7 +4,6 @@ What does not live here: how often a batch is repeated (:mod:`iterbatch.strategy
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from iterbatch.cut import CutModel
 from iterbatch.data_loader import Batch, MicroBatch
 from iterbatch.model import adapter_parameters, copy_adapter, set_adapter
 from iterbatch.record import BatchRecord
-from iterbatch.reuse import Fetched, PrefixSource
+from iterbatch.reuse import PrefixSource, Receipt
 
 
 @dataclass(frozen=True)
@@ -203,18 +202,18 @@ class TrainingStep:
         if batch is not self._entered:
             self._entered, self._batch = batch, batch.to(self.accelerator.device)
             self._kept: dict[int, Tensor] = {}  # micro-batch to its prefix activations
-            self._fetched: list[Fetched] = []  # not charged yet
+            self._receipts: list[Receipt] = []  # not charged yet
             self._prefix_flops = self._prefix_seconds = 0.0
 
     def _hidden(self, index: int, micro: MicroBatch) -> Tensor:
         """Prefix activations of a micro-batch: kept from the fresh pass, or fetched."""
         if index in self._kept:
             return self._kept[index]
-        fetched = self._source.fetch(micro)
-        self._fetched.append(dataclasses.replace(fetched, hidden=fetched.hidden.new_empty(0)))
+        hidden, receipt = self._source.fetch(micro)
+        self._receipts.append(receipt)
         if self._keeps:
-            self._kept[index] = fetched.hidden
-        return fetched.hidden
+            self._kept[index] = hidden
+        return hidden
 
     def _charge_prefix(self) -> float:
         """Charge what was fetched since the last charge, as if this arm ran alone; returns its FLOPs.
@@ -222,15 +221,15 @@ class TrainingStep:
         An arm pays for a block when it meets it first, computed or served: in FLOPs, and in the seconds recorded when it was computed. Later it
         pays for what is computed. Called after a loss has been read: the device is done, and storing costs it nothing.
         """
-        if not self._fetched:
+        if not self._receipts:
             return 0.0
         seconds_computed = self._source.settle()
         computed, served, seconds_served = self._totals(
-            sum(fetched.computed for fetched in self._fetched),
-            sum(fetched.served for fetched in self._fetched),
-            sum(fetched.seconds_served for fetched in self._fetched),
+            sum(receipt.computed for receipt in self._receipts),
+            sum(receipt.served for receipt in self._receipts),
+            sum(receipt.seconds_served for receipt in self._receipts),
         )
-        self._fetched.clear()
+        self._receipts.clear()
         seconds_served /= self.accelerator.num_processes  # they work side by side
         self._prefix_seconds = seconds_computed + seconds_served
         length = self._batch.shapes[0][1]

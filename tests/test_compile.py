@@ -12,6 +12,7 @@ from iterbatch.attention import NAME, attend
 from iterbatch.config import make_config
 from iterbatch.cut import CutModel, compiled
 from iterbatch.data_loader import BatchStream, MicroBatch
+from iterbatch.errors import ModelError
 from iterbatch.model import adapter_parameters, load_base, load_model
 from iterbatch.processes import make_accelerator
 
@@ -69,3 +70,19 @@ def test_compiled_layers_give_the_same_gradients_and_compile_for_one_shape(tiny)
             cut.eval()(cut.prefix(micro), micro)
         assert counters["stats"]["unique_graphs"] == graphs  # nothing more was compiled
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_without_a_compiler_the_flag_is_named(tiny, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no C++ compiler was found\nand many lines more")
+
+    config = make_config(**tiny)
+    accelerator = make_accelerator("no")
+    cut = CutModel(load_model(load_base(config), config.model))
+    monkeypatch.setattr(CutModel, "prefix", fails)
+    with (
+        pytest.raises(ModelError, match=r"--compile does not work on this machine \(no C\+\+ compiler was found\).*Leave it out"),
+        compiled(cut, accelerator, (1, 8)),
+    ):
+        pass
+    assert cut.adapted.layers[0].self_attn.config._attn_implementation == "sdpa"

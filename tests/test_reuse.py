@@ -146,7 +146,7 @@ def test_gradients_equal_a_twins_to_rounding(three, tmp_path):
     model = _model(three, lora_layers="top:1")
     source, store = _store(model, tmp_path / "store", blocks)
     cut, micro = source.model, next(BatchStream(blocks, 4, 1, seed=0)).micro_batches[0]
-    for hidden in (source.fetch(micro).hidden, (source.settle(), source.fetch(micro).hidden)[1]):  # computed, then served
+    for hidden in (source.fetch(micro)[0], (source.settle(), source.fetch(micro)[0])[1]):  # computed, then served
         cut(hidden, micro).sum().backward()
         gradients.append([p.grad for p in adapter_parameters(model).values()])
         model.zero_grad()
@@ -305,11 +305,11 @@ def test_prefetch_hands_out_the_streams_batches_and_reads_what_is_stored(three, 
             for mine, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
                 assert torch.equal(mine.input_ids, other.input_ids)
                 assert mine.blocks == other.blocks
-                before = source.fetch(other)
+                before, _ = source.fetch(other)
                 source.settle()
-                after = source.fetch(mine)  # read ahead before it was stored, perhaps: it is looked for again
-                assert (after.served, after.computed) == (2, 0)
-                assert torch.equal(before.hidden, after.hidden)
+                after, receipt = source.fetch(mine)  # read ahead before it was stored, perhaps: it is looked for again
+                assert (receipt.served, receipt.computed) == (2, 0)
+                assert torch.equal(before, after)
         prefetch.close()
     store.close()
 
@@ -427,10 +427,10 @@ def test_an_empty_batch_for_company_is_not_stored(three, tmp_path):
     micro = next(BatchStream(blocks, 2, 1, seed=0, rank=1, world=2)).micro_batches[0]
     lone = next(BatchStream(blocks[:1], 2, 1, seed=0, rank=1, world=2)).micro_batches[0]
     assert (len(micro.blocks), lone.blocks, lone.rows_in_all) == (1, (), 1)
-    fetched = source.fetch(lone)
+    hidden, receipt = source.fetch(lone)
     source.settle()
-    assert fetched.hidden.shape == (1, LENGTH, 32)
-    assert (fetched.computed, fetched.served, store.stored_bytes) == (0, 0, 0)
+    assert hidden.shape == (1, LENGTH, 32)
+    assert (receipt.computed, receipt.served, store.stored_bytes) == (0, 0, 0)
     store.close()
 
 
