@@ -153,7 +153,7 @@ def part_trainer(data: Path, rounds: int) -> None:
 
 
 def part_shared(data: Path, rounds: int) -> None:
-    for layers in ("top:2", "top:1"):
+    for layers in ("top:2",):
         whole: dict[str, list[float]] = {"epoch": [], "batch": []}
         training: dict[str, list[float]] = {"epoch": [], "batch": []}
         for _ in range(rounds):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -152,16 +153,19 @@ for turn in itertools.count():
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
     process.kill()
     process.wait()
     process.stdout.close()
     store = ActivationStore(tmp_path / "store", HEADER, Layout([20000] * 50, 2, "float32"), notes.append)
-    row = torch.empty((20000, 2))
+    row, served = torch.empty((20000, 2)), 0
     for item in range(50):
         if store.read_into(item, row) is not None:
             assert (row == row[0, 0]).all()
             assert int(row[0, 0]) % 100 == item
+            served += 1
     store.close()
+    assert served
 
 
 def test_a_folder_of_another_key_is_built_anew(opened, notes):
