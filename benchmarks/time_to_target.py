@@ -18,15 +18,16 @@ from pathlib import Path
 
 from iterbatch import bench
 from iterbatch.config import make_config
-from iterbatch.record import EvalRecord, read_records, write_json
+from iterbatch.record import EvalRecord, read_records, write_text
 
 RECORDS = Path(__file__).parent / "time_to_target.json"
 EPOCHS = {"all": 3, "top:6": 4, "top:4": 5, "top:2": 8}  # about the same seconds, the prefix reused
 RANKS, LEARNING_RATES, SEEDS = (8, 64), (2e-3, 5e-3, 1e-2), (0, 1, 2, 3, 4)
 T_975 = {5: 2.776}
+Curve = list[list[float]]  # seconds and validation loss in nats, of each evaluation
 
 
-def run(data: Path, layers: str, rank: int, lr: float, seed: int) -> list[dict]:
+def run(data: Path, layers: str, rank: int, lr: float, seed: int) -> Curve:
     """Seconds and loss at each evaluation of the baseline."""
     name = f"target-{layers.replace(':', '')}-{rank}-{lr:g}-{seed}"
     config = make_config(
@@ -47,14 +48,10 @@ def run(data: Path, layers: str, rank: int, lr: float, seed: int) -> list[dict]:
         log_with=["none"],
     )
     records = read_records(bench.run(config) / "baseline" / f"seed{seed}" / "evals.jsonl", EvalRecord)
-    return [
-        {"seconds": record.train_seconds, "flops": record.flops, "nats": record.nats / record.tokens}
-        for record in records
-        if record.split == "validation"
-    ]
+    return [[round(record.train_seconds, 2), round(record.nats / record.tokens, 5)] for record in records if record.split == "validation"]
 
 
-def collect(data: Path) -> dict[str, list[dict]]:
+def collect(data: Path) -> dict[str, Curve]:
     """All trials, then the seeds of each placement's best; kept after each run."""
     curves = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else {}
 
@@ -62,8 +59,8 @@ def collect(data: Path) -> dict[str, list[dict]]:
         key = f"{layers} r{rank} lr{lr:g} seed{seed}"
         if key not in curves:
             curves[key] = run(data, layers, rank, lr, seed)
-            write_json(RECORDS, curves)
-            print(f"{key}: {curves[key][-1]['nats']:.4f} nats after {curves[key][-1]['seconds']:.1f} s", flush=True)
+            write_text(RECORDS, "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(curve)}" for name, curve in curves.items()) + "\n}\n")
+            print(f"{key}: {curves[key][-1][1]:.4f} nats after {curves[key][-1][0]:.1f} s", flush=True)
 
     for rank in RANKS:
         for lr in LEARNING_RATES:
@@ -75,16 +72,14 @@ def collect(data: Path) -> dict[str, list[dict]]:
     return curves
 
 
-def best(curves: dict[str, list[dict]], layers: str) -> tuple[int, float]:
+def best(curves: dict[str, Curve], layers: str) -> tuple[int, float]:
     """Rank and learning rate of the lowest final validation loss among the trials."""
-    return min(
-        ((rank, lr) for rank in RANKS for lr in LEARNING_RATES), key=lambda pair: curves[f"{layers} r{pair[0]} lr{pair[1]:g} seed0"][-1]["nats"]
-    )
+    return min(((rank, lr) for rank in RANKS for lr in LEARNING_RATES), key=lambda pair: curves[f"{layers} r{pair[0]} lr{pair[1]:g} seed0"][-1][1])
 
 
-def time_to(curve: list[dict], nats: float) -> float:
+def time_to(curve: Curve, nats: float) -> float:
     """Seconds of training at the first evaluation at or below a loss; infinite where there is none."""
-    return next((point["seconds"] for point in curve if point["nats"] <= nats), math.inf)
+    return next((seconds for seconds, loss in curve if loss <= nats), math.inf)
 
 
 def interval(values: list[float], digits: int) -> str:
@@ -94,13 +89,13 @@ def interval(values: list[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
 
 
-def report(curves: dict[str, list[dict]]) -> None:
+def report(curves: dict[str, Curve]) -> None:
     print("\n| placement | trials: final validation loss, nats (rank, learning rate) |\n| --- | --- |")
     for layers in EPOCHS:
-        trials = [f"{curves[f'{layers} r{rank} lr{lr:g} seed0'][-1]['nats']:.3f} ({rank}, {lr:g})" for rank in RANKS for lr in LEARNING_RATES]
+        trials = [f"{curves[f'{layers} r{rank} lr{lr:g} seed0'][-1][1]:.3f} ({rank}, {lr:g})" for rank in RANKS for lr in LEARNING_RATES]
         print(f"| {layers}, {EPOCHS[layers]} epochs | {'; '.join(trials)} |")
     chosen = {layers: [curves["{} r{} lr{:g} seed{}".format(layers, *best(curves, layers), seed)] for seed in SEEDS] for layers in EPOCHS}
-    target = statistics.fmean(curve[-1]["nats"] for curve in chosen["all"])
+    target = statistics.fmean(curve[-1][1] for curve in chosen["all"])
     print(f"\nTarget: {target:.4f} nats, perplexity {math.exp(target):.3f} (mean over {len(SEEDS)} seeds of LoRA on all layers)\n")
     print("| placement | best (rank, lr) | final loss | train seconds | seconds to target + 0 / 0.01 / 0.03 / 0.05 nats | all's over its |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -111,7 +106,7 @@ def report(curves: dict[str, list[dict]]) -> None:
             alls = [time_to(curve, target + slack) for curve in chosen["all"]]
             times.append(interval(mine, 1))
             ratios.append(interval([a / m for a, m in zip(alls, mine, strict=True)] if all(map(math.isfinite, alls + mine)) else mine, 2))
-        final, total = interval([curve[-1]["nats"] for curve in group], 4), interval([curve[-1]["seconds"] for curve in group], 1)
+        final, total = interval([curve[-1][1] for curve in group], 4), interval([curve[-1][0] for curve in group], 1)
         print(f"| {layers} | {best(curves, layers)} | {final} | {total} | {' / '.join(times)} | {' / '.join(ratios)} |")
 
 
