@@ -223,6 +223,11 @@ def load_weights(base: Base, config: ModelConfig) -> Any:
     missing = sorted(report.get("missing_keys", ()))
     if missing:
         raise ModelError(f"the weights of '{base.path}' lack {len(missing)} tensors, the first is '{missing[0]}'. {_LOCAL_HINT}")
+    for module in model.modules():
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # bitsandbytes on a CPU: else its first evaluation repacks weights to a form without gradients
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -79,12 +79,13 @@ def measure(config: BenchConfig, seconds: float, tell: Callable[[str], None] = l
         elapsed = time.perf_counter() - start
         if done >= LEAST_ROUNDS and elapsed + elapsed / done > seconds:
             break
-        for spec in times:
+        for spec in reversed(times):  # cheapest first: memory that a process has freed still counts as its own
             adapted = attach_adapter(model, base, config.model, adapted_layers(spec, base.layers))
             reset_peak_memory()
             probe = _Probe(adapted, accelerator, config)
             times[spec].append(probe.round())
-            facts[spec] = {"price_ratio_flops": probe.price_ratio_flops, "parameters": probe.parameters, "peak_memory_mb": peak_memory_mb()}
+            figures = {"price_ratio_flops": probe.price_ratio_flops, "parameters": probe.parameters, "peak_memory_mb": peak_memory_mb()}
+            facts.setdefault(spec, figures)
             model = adapted.unload()
             accelerator.free_memory()
             tell(f"round {done + 1}, --lora_layers {spec}")

@@ -293,7 +293,7 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=category, module=r"(peft|accelerate|transformers|torch|huggingface_hub)\b.*")
     import logging
 
-    for name in ("huggingface_hub", "datasets", "transformers", "accelerate"):
+    for name in ("huggingface_hub", "datasets", "transformers", "accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

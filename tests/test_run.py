@@ -270,3 +270,14 @@ def test_text_from_data_is_inert_in_samples(tiny, tmp_path):
     page = (run_dir / "baseline" / "seed0" / "samples.md").read_text(encoding="utf-8")
     assert "\x1b" not in page
     assert all(line.startswith("    ") for line in page.splitlines() if "<script>" in line or "**bold**" in line)
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_quantised_bases_train_alike_whatever_came_before_and_is_reused(tmp_path, load_in):
+    pytest.importorskip("bitsandbytes", reason='pip install "iterbatch[quant]"')
+    flags = {"load_in": load_in, "lora_layers": "top:4", "max_train_tokens": 4096, "max_eval_tokens": 1000, "log_with": ["none"]}
+    results = {}
+    for name, reuse, strategies in (("alone", "off", ["abr"]), ("second", "batch", ["baseline", "abr"])):
+        run = bench.run(make_config(**flags, reuse=reuse, strategies=strategies, save_dir=tmp_path, run_name=name))
+        results[name] = json.loads((run / "abr/seed0/result.json").read_text(encoding="utf-8"))["val_ppl"]
+    assert results["alone"] == pytest.approx(results["second"], rel=1e-6)
