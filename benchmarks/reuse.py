@@ -63,6 +63,9 @@ class Epochs:
     def __init__(self) -> None:
         self.seconds: dict[int, float] = {}
 
+    def batch_begins(self) -> None:
+        """Nothing to keep."""
+
     def batch_done(self, record) -> None:
         """Add."""
         self.seconds[record.epoch] = self.seconds.get(record.epoch, 0.0) + record.seconds

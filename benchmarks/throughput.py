@@ -37,6 +37,9 @@ class Times:
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
+    def batch_begins(self) -> None:
+        """Nothing to keep."""
+
     def batch_done(self, record) -> None:
         """Keep them."""
         self.seconds.append(record.seconds)

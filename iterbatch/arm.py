@@ -2,25 +2,37 @@
 
 import dataclasses
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from iterbatch import report
 from iterbatch.budget import Allowance, Ledger
+from iterbatch.checkpoint import Checkpoints, Every, RandomStates
 from iterbatch.cut import CutModel
+from iterbatch.errors import RunError
 from iterbatch.evaluate import Score, score
 from iterbatch.generate import Sampling, generate, text_metrics
-from iterbatch.loop import fit
-from iterbatch.model import flop_model, reset_adapter
+from iterbatch.interrupt import Interrupts, Stopped
+from iterbatch.loop import Progress, fit
+from iterbatch.model import copy_adapter, flop_model, reset_adapter, set_adapter
 from iterbatch.prepare import Plan, Prepared, make_stream
-from iterbatch.record import BatchRecord, EvalRecord, RecordWriter, peak_memory_mb, reset_peak_memory, write_json, write_text
+from iterbatch.processes import from_main
+from iterbatch.record import BatchRecord, EvalRecord, RecordWriter, peak_memory_mb, reset_peak_memory, whole_or_not, write_json, write_text
 from iterbatch.reuse import Prefetch, Reuse
 from iterbatch.step import StepSettings, TrainingStep, make_optimizer
 from iterbatch.strategy import make_strategy
 
 PROMPTS, PROMPT_TOKENS = 5, 32
+ROLLBACKS = 3  # of an arm, at most
+_OUT_OF_MEMORY = (
+    "out of memory in a pass of {}, after {} batches. Records and the last checkpoint are kept: free memory and go on by --resume, or start a new "
+    "run with a smaller --batch_size (and more --grad_accum), a smaller --max_length, --gradient_checkpointing, adapters on fewer layers "
+    "(--lora_layers top:N), or --load_in 4bit"
+)
 
 
 class Listener:
@@ -48,6 +60,8 @@ class Listener:
 class Shared:
     """What the arms of a run share: the model, the text, and what the untrained base scores and writes, computed once.
 
+    ``between`` is called where a run may stop: :class:`ArmRun` puts its own there, to make a checkpoint first.
+
     Args:
         prepared: Text and tokenizer.
         plan: What a baseline arm does.
@@ -55,10 +69,12 @@ class Shared:
         placed: The same weights as a :class:`iterbatch.cut.CutModel`, prepared by the accelerator.
         reuse: Where prefix activations come from.
         accelerator: Of the run.
+        interrupts: Tell whether the run was asked to stop.
     """
 
-    def __init__(self, prepared: Prepared, plan: Plan, model: Any, placed: Any, reuse: Reuse, accelerator: Any) -> None:
+    def __init__(self, prepared: Prepared, plan: Plan, model: Any, placed: Any, reuse: Reuse, accelerator: Any, interrupts: Interrupts) -> None:
         self.prepared, self.plan, self.model, self.placed, self.reuse, self.accelerator = prepared, plan, model, placed, reuse, accelerator
+        self.interrupts, self.between = interrupts, interrupts.check
         self.cut: CutModel = accelerator.unwrap_model(placed)  # for scoring, where processes may do different numbers of forwards
         self.prompts = _prompts(prepared)
         reset_adapter(model, seed=0)  # a new adapter adds nothing, so this is the base itself
@@ -71,13 +87,16 @@ class Shared:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         batch_size = self.prepared.config.training.eval_batch_size
         text, source = self.prepared.texts[split], self.reuse.sources[split]
-        return score(self.cut, text, self.accelerator, source=source, batch_size=batch_size, pad_id=pad)
+        between = self.between if self.accelerator.num_processes == 1 else lambda: None  # several must stop at the same place
+        return score(self.cut, text, self.accelerator, source=source, batch_size=batch_size, pad_id=pad, between=between)
 
     def sample(self) -> dict[str, Any]:
         """Continue the fixed prompts, greedy and sampled, and measure the text."""
         tokenizer = self.prepared.base.tokenizer
         result: dict[str, Any] = {}
         for name, greedy in (("greedy", True), ("sampled", False)):
+            if self.accelerator.num_processes == 1:
+                self.between()
             with self.accelerator.autocast():
                 tokens = generate(self.model, self.prompts, tokenizer, Sampling(), greedy=greedy)
             result[name] = {"texts": [tokenizer.decode(text) for text in tokens], **text_metrics(tokens)}
@@ -91,53 +110,155 @@ def _prompts(prepared: Prepared) -> list[list[int]]:
     return [ids[:length] for ids in windows if len(ids) >= length][:PROMPTS]
 
 
+def _out_of_memory(problem: BaseException) -> bool:
+    """Torch has a class for it on GPUs only."""
+    words = str(problem).lower()
+    return isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words
+
+
 def _figures(samples: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The metrics of samples without their texts."""
     return {decoding: {name: value for name, value in result.items() if name != "texts"} for decoding, result in samples.items()}
 
 
 class ArmRun:
-    """One strategy with one seed: trains, evaluates, and leaves its records."""
+    """One strategy with one seed: trains, evaluates, and leaves its records. Goes on from a checkpoint where its folder holds one."""
 
     def __init__(self, shared: Shared, listener: Listener, folder: Path) -> None:
         self.shared, self.listener, self.folder = shared, listener, folder
         self.prepared, self.plan, self.model, self.accelerator = shared.prepared, shared.plan, shared.model, shared.accelerator
+        self._batches: RecordWriter | None = None
+        self._evals: RecordWriter | None = None
 
     def train(self, strategy: str, seed: int) -> None:
-        """Train the arm from its start to its end."""
-        config, accelerator = self.prepared.config, self.accelerator
+        """Train the arm to its end."""
         self.label = f"{strategy}/seed{seed}"
-        if accelerator.is_main_process and self.folder.exists():
-            shutil.rmtree(self.folder)  # an arm that was cut off starts anew
         reset_peak_memory()
+        before = self.shared.between
+        self.listener.arm_started(strategy, seed)
+        begun = from_main(self.folder.exists())
+        self._make(strategy, seed)
+        try:
+            if begun and self.checkpoints.restore():
+                self.listener.note(f"{strategy}, seed {seed}: goes on after {self.ledger.passes} passes on {self.ledger.batches} batches")
+            else:
+                if begun:  # cut off before its first checkpoint: starts anew
+                    self._close()
+                    if self.accelerator.is_main_process:
+                        shutil.rmtree(self.folder)
+                    self._make(strategy, seed)
+                self.checkpoints.begin()
+            self.shared.between = self._stop_or_save
+            self._fit()
+            self._finish(strategy, seed)
+        finally:
+            self.shared.between = before
+            self._close()
+
+    # -- its parts ---------------------------------------------------------------------------------------------------------------------
+
+    def _make(self, strategy: str, seed: int) -> None:
+        """Everything the arm consists of, as at its start."""
+        config, accelerator = self.prepared.config, self.accelerator
         reset_adapter(self.model, seed)
         self.shared.cut.train()
         optimizer = accelerator.prepare_optimizer(make_optimizer(self.model, config.lr, config.training.weight_decay))
-        if accelerator.scaler is not None:  # float16: every arm starts with the same loss scale
-            accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
-        self.ledger, self.allowance = Ledger(), self._allowance()
+        self.ledger, self.allowance, self.progress = Ledger(), self._allowance(), Progress()
         flops = flop_model(self.model, config.model.gradient_checkpointing)
         settings = StepSettings(config.lr, config.training.warmup, config.training.clip_norm, config.speed.reuse != "off")
-        source = self.shared.reuse.sources["train"]
-        step = TrainingStep(self.shared.placed, optimizer, accelerator, flops, self.ledger, self.allowance, settings, source)
-        stream = Prefetch(make_stream(self.prepared, seed, accelerator.process_index, accelerator.num_processes), source)
-        self.listener.arm_started(strategy, seed)
-        self._open_records()
-        try:
-            arm = make_strategy(strategy, config.strategy, seed)
-            stopped = fit(arm, stream, step, self.ledger, self.allowance, self, config.training.evals)
-            self._finish(strategy, seed, stopped)
-        finally:
-            self._close_records()
-            stream.close()
-            accelerator.free_memory()  # forgets this arm's optimizer
+        source, placed = self.shared.reuse.sources["train"], self.shared.placed
+        self.step = TrainingStep(placed, optimizer, accelerator, flops, self.ledger, self.allowance, settings, source, self._stop_or_save)
+        self.stream = Prefetch(make_stream(self.prepared, seed, accelerator.process_index, accelerator.num_processes), source)
+        self.strategy = make_strategy(strategy, config.strategy, seed)
+        self.every = Every(config.run.checkpoint_every)
+        if accelerator.is_main_process:
+            self._batches, self._evals = RecordWriter(self.folder / "batches.jsonl"), RecordWriter(self.folder / "evals.jsonl")
+        adapter = SimpleNamespace(state_dict=lambda: copy_adapter(self.model), load_state_dict=lambda state: set_adapter(self.model, state))
+        records = {"batches": self._batches, "evals": self._evals} if accelerator.is_main_process else {}
+        at_start: dict[str, Any] = {**records, "strategy": self.strategy, "stream": self.stream, "progress": self.progress}
+        live: dict[str, Any] = {"adapter": adapter, "optimizer": optimizer, "ledger": self.ledger, "step": self.step, "random": RandomStates()}
+        if accelerator.scaler is not None:  # float16: every arm starts with the same loss scale
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
+            live["scaler"] = accelerator.scaler
+        self.checkpoints = Checkpoints(self.folder, at_start, live, self.listener.note)
+
+    def _close(self) -> None:
+        for writer in (self._batches, self._evals):
+            if writer is not None:
+                writer.close()
+        self.stream.close()
+        self.accelerator.free_memory()  # forgets this arm's optimizer
 
     def _allowance(self) -> Allowance:
         unit, passes = self.prepared.config.training.match, self.plan.batches
         amount, last = {"epochs": (float(passes), 1.0), "flops": (self.plan.flops, self.plan.last_pass_flops)}[unit]
         return Allowance(unit, amount, passes, last)
 
+    # -- training and checkpoints ------------------------------------------------------------------------------------------------------
+
+    def _fit(self) -> None:
+        """Train; an arm that diverges returns to its last checkpoint where that is wished for, or stops."""
+        training = self.prepared.config.training
+        self.every.restart(self.ledger.passes)
+        if training.on_divergence == "rollback":
+            self._save()  # there is always one to return to
+        while self.progress.stopped is None:
+            try:
+                reason = fit(
+                    self.strategy, self.stream, self.step, self.ledger, self.allowance, self, training.evals, training.explosion, self.progress
+                )
+            except (MemoryError, RuntimeError) as problem:
+                if not _out_of_memory(problem):
+                    raise
+                raise RunError(_OUT_OF_MEMORY.format(self.label, self.ledger.batches)) from problem
+            if reason is None:
+                break
+            if training.on_divergence == "stop" or self.ledger.rollbacks >= ROLLBACKS or not self._roll_back(reason):
+                self.progress.stopped = reason
+        self._save()
+
+    def _roll_back(self, reason: str) -> bool:
+        before = dataclasses.replace(self.ledger)
+        if not self.checkpoints.restore():
+            return False
+        self.ledger.keep_spent(before)
+        self.listener.note(f"{self.label}: {reason.split(';')[0]}; back to batch {self.ledger.batches} with half the learning rate")
+        return True
+
+    def _stop_or_save(self) -> None:
+        """Make a checkpoint where one is due, or where the run is to stop here.
+
+        Raises:
+            Stopped: then.
+        """
+        stop = self.shared.interrupts.requested is not None
+        due = self.progress.healthy and self.step.finite and self.every.due(self.ledger.passes)  # none to return to that is broken already
+        if self.accelerator.num_processes > 1:  # all of them or none; the clock that counts is the main process's
+            votes = torch.tensor([stop, due and self.accelerator.is_main_process], dtype=torch.float32, device=self.accelerator.device)
+            stop, due = (self.accelerator.reduce(votes, "sum") > 0).tolist()
+        if not (stop or due):
+            return
+        with self.ledger.paused():
+            self._save(here=True)
+        if stop:
+            raise Stopped(self.shared.interrupts.requested or signal.SIGTERM)
+
+    def _save(self, *, here: bool = False) -> None:
+        """Make a checkpoint between two batches, or ``here``, within the current one."""
+        if not here:
+            self.step.begin()
+            self.checkpoints.begin()
+        for writer in (self._batches, self._evals):
+            if writer is not None:
+                writer.sync()
+        self.checkpoints.save()
+        self.every.restart(self.ledger.passes)
+
     # -- what the loop tells -----------------------------------------------------------------------------------------------------------
+
+    def batch_begins(self) -> None:
+        """A checkpoint from here on goes back to here."""
+        self.checkpoints.begin()
 
     def batch_done(self, record: BatchRecord) -> None:
         """Keep the record, show it, track it."""
@@ -179,24 +300,15 @@ class ArmRun:
 
     # -- what it leaves ----------------------------------------------------------------------------------------------------------------
 
-    def _open_records(self) -> None:
-        main = self.accelerator.is_main_process
-        self._batches = RecordWriter(self.folder / "batches.jsonl") if main else None
-        self._evals = RecordWriter(self.folder / "evals.jsonl") if main else None
-
-    def _close_records(self) -> None:
-        for writer in (self._batches, self._evals):
-            if writer is not None:
-                writer.close()
-
-    def _finish(self, strategy: str, seed: int, stopped: str | None) -> None:
+    def _finish(self, strategy: str, seed: int) -> None:
         """Score the end, write adapter and samples, and at last the result, which marks the arm as finished."""
         memory = peak_memory_mb()
         validation, test = self.shared.score("validation"), self.shared.score("test")
         self._keep_score(test, "test", 1.0)
         if not self.accelerator.is_main_process:
             return
-        self.model.save_pretrained(self.folder / "adapter")
+        with whole_or_not(self.folder / "adapter") as scratch:
+            self.model.save_pretrained(scratch)
         samples = self.shared.sample()
         prompts = [self.prepared.base.tokenizer.decode(prompt) for prompt in self.shared.prompts]
         content = {"prompts": prompts, "base": self.shared.samples, "trained": samples}
@@ -230,9 +342,15 @@ class ArmRun:
             "seconds_charged": ledger.seconds_charged,
             "store_gb": self.shared.reuse.store_gb,
             "skipped_updates": ledger.skipped_updates,
+            "nonfinite_losses": ledger.nonfinite_losses,
+            "nonfinite_gradients": ledger.nonfinite_gradients,
+            "scaler_skips": ledger.scaler_skips,
+            "rollbacks": ledger.rollbacks,
+            "flops_lost": ledger.flops_lost,
             "text": _figures(samples),
             "base_text": _figures(self.shared.samples),
-            "stopped": stopped,
+            "stopped": self.progress.stopped,
         }
         write_json(self.folder / "result.json", result)
+        self.checkpoints.remove()
         self.listener.arm_done(result)

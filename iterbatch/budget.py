@@ -140,11 +140,16 @@ class Ledger:
     seconds_charged: float = 0.0  # part of train_seconds: prefixes this arm met first but another had computed, at what they took then
     flops_saved: float = 0.0  # prefixes not computed and not charged: of repeats, and of later epochs
     seconds_saved: float = 0.0  # what those prefixes took when they were computed
+    nonfinite_losses: int = 0  # passes
+    nonfinite_gradients: int = 0  # passes whose loss was finite
+    scaler_skips: int = 0  # passes whose float16 gradient overflowed; the scaler lowers its scale
+    rollbacks: int = 0  # returns to a checkpoint after the arm diverged
+    flops_lost: float = 0.0  # spent on batches that a return has undone; they stay charged
 
     @property
     def flops(self) -> float:
         """All FLOPs charged."""
-        return self.flops_fresh + self.flops_repeat + self.flops_probe
+        return self.flops_fresh + self.flops_repeat + self.flops_probe + self.flops_lost
 
     @property
     def passes(self) -> int:
@@ -154,11 +159,30 @@ class Ledger:
     @contextmanager
     def clock(self) -> Iterator[None]:
         """Run the training clock while the block runs."""
-        start = time.perf_counter()
+        self._start()
         try:
             yield
         finally:
-            self.train_seconds += time.perf_counter() - start
+            self._stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the training clock, if it runs, for what is not training; the seconds so far are counted when the block begins."""
+        running = self._stop()
+        try:
+            yield
+        finally:
+            if running:
+                self._start()
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+
+    def _stop(self) -> bool:
+        since: float | None = vars(self).pop("_since", None)
+        if since is not None:
+            self.train_seconds += time.perf_counter() - since
+        return since is not None
 
     def state_dict(self) -> dict[str, Any]:
         """All counters."""
@@ -168,6 +192,17 @@ class Ledger:
         """Take over all counters."""
         for name, value in state.items():
             setattr(self, name, value)
+
+    def keep_spent(self, before: "Ledger") -> None:
+        """After a return to earlier counters: what had been spent stays charged, every fault stays counted.
+
+        Args:
+            before: The ledger as it was when the arm was sent back.
+        """
+        for name in ("train_seconds", "nonfinite_losses", "nonfinite_gradients", "scaler_skips"):
+            setattr(self, name, getattr(before, name))
+        self.flops_lost += before.flops - self.flops
+        self.rollbacks = before.rollbacks + 1
 
 
 @dataclass(frozen=True)

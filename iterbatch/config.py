@@ -21,6 +21,7 @@ DEFAULT_LENGTH = 512  # tokens a block
 ASSETS = Path(__file__).parent / "assets" / "base"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
+LAST = Path("last")  # what --resume without a folder stands for
 NOT_SAVED = ("config", "run_name", "resume", "overwrite", "dry_run")  # they belong to one invocation, not to the experiment
 
 
@@ -94,6 +95,10 @@ class TrainingConfig:
     """Seeds of adapter weights and data order, one run of every strategy each; >= 0."""
     evals: int = 4
     """Validations during training, at equal fractions of the budget, off the clock; >= 1."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """An arm that diverges: stop it, or return to its last checkpoint with half the learning rate, three times at most."""
+    explosion: float = 2.0
+    """Ten batches in a row with a loss this many nats above the first batches' mean count as diverged, as do ten not finite; > 0."""
     eval_batch_size: int = 8
     """Windows scored together; >= 1. Does not change results."""
 
@@ -136,8 +141,10 @@ class RunConfig:
     """Folder of all runs."""
     run_name: str | None = None
     """Name of this run's folder. Default: data set, date and time."""
-    resume: bool = False
-    """Go on with the run of this name: arms that are finished are kept."""
+    resume: Path | None = None
+    """Go on with the run in this folder, from its last checkpoint, with its own settings. Without a folder: the run of --run_name, or the newest."""
+    checkpoint_every: str = "60s"
+    """Seconds (60 or 60s) or updates (500u) between two checkpoints of an arm; the last two are kept."""
     overwrite: bool = False
     """Delete an earlier run of this name."""
     log_with: tuple[str, ...] = ("tensorboard",)
@@ -267,6 +274,7 @@ def _range_problems(config: BenchConfig) -> list[str]:
         ("clip_norm", training.clip_norm),
         ("loss_threshold", strategy.loss_threshold),
         ("reuse_limit_gb", config.speed.reuse_limit_gb),
+        ("explosion", training.explosion),
     ]
     problems = [f"--{name} is {value}; it must be at least {low}" for name, value, low in at_least if value is not None and not value >= low]
     problems += [
@@ -284,6 +292,7 @@ def _range_problems(config: BenchConfig) -> list[str]:
 
 
 def _choice_problems(config: BenchConfig) -> list[str]:
+    from iterbatch.checkpoint import Every
     from iterbatch.strategy import STRATEGIES
 
     names, seeds, problems = config.strategy.strategies, config.training.seeds, []
@@ -309,8 +318,10 @@ def _choice_problems(config: BenchConfig) -> list[str]:
         problems.append(f"--run_name is '{name}'; it must be a plain folder name without any of \\ / : * ? \" < > |")
     if config.run.resume and config.run.overwrite:
         problems.append("--resume and --overwrite exclude each other; give one of them")
-    if config.run.resume and name is None:
-        problems.append("--resume needs --run_name, the name of the run to go on with")
+    try:
+        Every(config.run.checkpoint_every)
+    except ValueError as problem:
+        problems.append(f"--checkpoint_every is {problem}")
     return problems
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,7 @@ def score(
     batch_size: int = 8,  # windows scored together
     pad_id: int = 0,
     padding_side: str = "right",
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score every token of a text once, in eval mode, without gradients.
 
@@ -67,6 +69,7 @@ def score(
         batch_size: Windows scored together.
         pad_id: Token that fills up short windows.
         padding_side: ``right``, or ``left`` where no activations are to be kept.
+        between: Called between two groups of windows, where a run may be stopped.
     """
     source = source or PrefixSource(model, accelerator.device)
     training = model.training
@@ -76,6 +79,7 @@ def score(
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device if accelerator.device.type != "mps" else "cpu")
     for group in groups[accelerator.process_index :: accelerator.num_processes]:
+        between()
         micro = collate([text.windows[index] for index in group], pad_id, padding_side)
         if padding_side == "right":  # what stands left of a window would change what is kept of it
             micro = dataclasses.replace(micro, blocks=tuple(group))

@@ -1,14 +1,12 @@
 """Figures, from records only."""
 
-import os
 import statistics
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from iterbatch.record import BatchRecord, EvalRecord, read_records
+from iterbatch.record import BatchRecord, EvalRecord, read_records, whole_or_not
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by colour-blind readers (Okabe, Ito)
 Arms = dict[str, list[Path]]  # strategy to the folders of its seeds
@@ -31,11 +29,8 @@ def _figure(width: float, height: float, columns: int = 1):
 
 
 def _save(figure, path: Path) -> None:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(buffer.getvalue())
-    os.replace(scratch, path)
+    with whole_or_not(path) as scratch:
+        figure.savefig(scratch, format="png")
 
 
 def _perplexity(arms: Arms, path: Path) -> None:
@@ -47,6 +42,8 @@ def _perplexity(arms: Arms, path: Path) -> None:
         curves = [[record for record in seed if record.fraction > 0] for seed in scores]
         before = scores[0][0].ppl
         points = list(zip(*curves, strict=False))  # one group a fraction of the budget, over seeds
+        if not points:  # stopped before its first evaluation
+            continue
         gflops = [statistics.fmean(record.flops / 1e9 for record in group) for group in points]
         values = np.array([[record.ppl for record in group] for group in points])
         axes.plot(gflops, values.mean(axis=1), marker="o", markersize=4, color=colour, label=strategy)
@@ -60,7 +57,8 @@ def _perplexity(arms: Arms, path: Path) -> None:
     seeds = max(len(folders) for folders in arms.values())
     axes.set_title("Perplexity against compute" + (f", mean and range of {seeds} seeds" if seeds > 1 else ""))
     axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     _save(figure, path)
 
 

@@ -38,3 +38,25 @@ def from_main(value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return value if _state().num_processes == 1 else broadcast_object_list([value])[0]
+
+
+def count() -> int:
+    """How many processes there are."""
+    return _state().num_processes
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return _state().process_index
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's value, by rank."""
+    from accelerate.utils import gather_object
+
+    return [value] if count() == 1 else gather_object([value])
+
+
+def agreed(value: bool) -> bool:
+    """Whether it is so in every process."""
+    return all(gathered(value))

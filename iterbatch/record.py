@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from iterbatch.errors import DataError
+
+SCRATCH = ".part"  # how the names of files that are being written end
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,39 @@ class RecordWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self._file: TextIO = path.open("a", encoding="utf-8", newline="\n")
+        self.size = os.fstat(self._file.fileno()).st_size  # bytes
 
     def write(self, record: BatchRecord | EvalRecord) -> None:
         """Append one record."""
-        self._file.write(json.dumps(_finite(dataclasses.asdict(record)), ensure_ascii=False) + "\n")
+        line = json.dumps(_finite(dataclasses.asdict(record)), ensure_ascii=False) + "\n"
+        self._file.write(line)
         self._file.flush()
+        self.size += len(line.encode("utf-8"))
+
+    def sync(self) -> None:
+        """Have everything written so far on the disk itself, whatever happens to the machine."""
+        os.fsync(self._file.fileno())
+
+    def state_dict(self) -> dict[str, int]:
+        """How far it has written."""
+        return {"size": self.size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Drop what was written after a state.
+
+        Raises:
+            ValueError: where the file has lost records since, or is another one.
+        """
+        size = state["size"]
+        with self.path.open("rb") as file:
+            file.seek(max(0, size - 1))
+            whole = os.fstat(file.fileno()).st_size >= size and (size == 0 or file.read(1) == b"\n")
+        if not whole:
+            raise ValueError(f"{self.path.name} has lost records that it goes on from")
+        self._file.truncate(size)
+        self.size = size
 
     def close(self) -> None:
         """Close the file."""
@@ -111,15 +141,44 @@ def _not_null(row: dict[str, Any]) -> dict[str, Any]:
     return {key: [number(item) for item in value] if isinstance(value, list) else number(value) for key, value in row.items()}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a neighbour first, then renamed."""
+@contextlib.contextmanager
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """A neighbour to write to, a file or a folder: on the disk and under its own name when the block ends, gone when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8", newline="\n") as file:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}{SCRATCH}")
+    try:
+        yield scratch
+        for file in [scratch, *scratch.rglob("*")] if scratch.is_dir() else [scratch]:
+            _sync(file)
+        if path.is_dir():  # no system replaces a folder that is not empty
+            shutil.rmtree(path)
+        os.replace(scratch, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() and os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed while writing have left."""
+    for scratch in folder.rglob(f".*{SCRATCH}"):
+        shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with whole_or_not(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def write_json(path: Path, content: Any) -> None:

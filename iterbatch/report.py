@@ -143,9 +143,19 @@ def _page(run_dir: Path, summaries: list[StrategySummary]) -> str:
 def _stopped(summaries: list[StrategySummary]) -> list[str]:
     rows = [row for summary in summaries for row in summary.rows]
     lines = [f"**{row['strategy']}, seed {row['seed']}, stopped early**: {row['stopped']}." for row in rows if row.get("stopped")]
-    skipped = [f"{row['strategy']} seed {row['seed']}: {row['skipped_updates']}" for row in rows if row["skipped_updates"]]
-    lines += [f"Updates skipped because a loss or gradient was not finite: {', '.join(skipped)}."] if skipped else []
+    lines += [f"**{row['strategy']}, seed {row['seed']}**: {'; '.join(faults)}." for row in rows if (faults := _faults(row))]
     return [line for text in lines for line in (text, "")]
+
+
+def _faults(row: dict[str, Any]) -> list[str]:
+    """What went wrong with the numbers of an arm."""
+    words = {
+        "nonfinite_losses": "passes with a loss that was not finite, their updates skipped",
+        "nonfinite_gradients": "passes with a gradient that was not finite, their updates skipped",
+        "scaler_skips": "updates skipped by the float16 scaler",
+        "rollbacks": f"returns to a checkpoint with half the learning rate ({row.get('flops_lost', 0) / 1e9:,.1f} GFLOPs undone, and charged)",
+    }
+    return [f"{row[name]} {meaning}" for name, meaning in words.items() if row.get(name)]
 
 
 def _reuse_section(summaries: list[StrategySummary]) -> list[str]:

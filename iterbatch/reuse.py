@@ -183,6 +183,13 @@ class Prefetch:
         """The cursor: batches handed out so far."""
         return {"cursor": self.cursor}
 
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches handed out before the state was saved."""
+        if self._next is not None:
+            self._next.result()
+        self._next, self.cursor = None, state["cursor"]
+        self.stream.load_state_dict(state)
+
     def close(self) -> None:
         """End the thread."""
         if self._pool is not None:

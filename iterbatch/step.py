@@ -5,7 +5,8 @@ What does not live here: how often a batch is repeated (:mod:`iterbatch.strategy
 
 import contextlib
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,13 @@ def make_optimizer(model: Any, lr: float, weight_decay: float) -> torch.optim.Ad
     return torch.optim.AdamW(adapter_parameters(model).values(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
+class Snapshot(dict[str, Tensor]):
+    """A copy of the adapter, by parameter."""
+
+
+_NUMBERS = ("learning_rate", "_gradient_norm", "_prefix_flops", "_prefix_seconds")  # what a pass leaves in the step for what comes after it
+
+
 class TrainingStep:
     """``step`` as a strategy sees it: ``step(batch)`` is the fresh pass, ``step.again()`` a repeat.
 
@@ -59,6 +67,10 @@ class TrainingStep:
         allowance: What may be spent; the learning rate follows it.
         settings: Learning rate, clipping, reuse.
         source: Of the training text's prefix activations; default: without a store.
+        after_pass: Called after each pass, where a checkpoint may be made.
+
+    What it has told the strategy about the current batch is part of its state: a batch that was cut off between two passes is given to the
+    strategy again, is told the same up to there, and goes on.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class TrainingStep:
         allowance: Allowance,
         settings: StepSettings,
         source: PrefixSource | None = None,
+        after_pass: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.flop_model, self.ledger, self.allowance, self.settings = flop_model, ledger, allowance, settings
@@ -79,9 +92,19 @@ class TrainingStep:
         self._source = source or PrefixSource(cut, accelerator.device)
         self._keeps = settings.reuse and cut.cut > 0
         self._parameters = list(adapter_parameters(model).values())
-        self._recorded = (ledger.flops, ledger.skipped_updates)  # as of the last record
+        self._after_pass = after_pass
+        self._gradient_norm = 0.0
+        self._told: list[tuple[Any, dict[str, float]]] = []  # about the current batch: each answer, and the numbers that held after it
+        self._replay: list[tuple[Any, dict[str, float]]] = []  # answers from before an interruption that are still to be given again
+        self._recorded = (0.0, 0)
         self._entered: Batch | None = None
         self._enter(Batch(()))
+
+    def begin(self) -> None:
+        """A batch is about to begin, or to go on."""
+        self._told = []
+        if not self._replay:
+            self._recorded = (self.ledger.flops - self.ledger.flops_lost, self.ledger.skipped_updates)
 
     # -- what a strategy uses ----------------------------------------------------------------------------------------------------------
 
@@ -89,24 +112,15 @@ class TrainingStep:
         """Fresh pass on a new batch, and its update. Returns the initial loss, mean nats a label token."""
         self._enter(batch)
         self._label_tokens = self._total(batch.label_tokens)
-        loss, self._gradient_norm = self._pass()
-        self.ledger.batches += 1
-        self.ledger.flops_fresh += self.flop_model.repeat(batch.shapes) + self._charge_prefix()
-        self.ledger.tokens_unique += self._label_tokens if batch.first_exposure else 0
-        return loss
+        return self._tell(self._fresh, passed=True)
 
     def again(self) -> float:
         """A repeat on the same batch, and its update. Returns its loss before that update."""
-        loss, _ = self._pass()
-        self.ledger.flops_repeat += self.flop_model.repeat(self._batch.shapes) + self._charge_prefix()
-        if self._keeps:
-            self.ledger.flops_saved += self.flop_model.prefix.of(self._batch.shapes)
-            self.ledger.seconds_saved += self._prefix_seconds
-        return loss
+        return self._tell(self._repeat, passed=True)
 
     def affords_repeat(self) -> bool:
         """Whether one more repeat fits into the budget."""
-        return self.allowance.affords(self.ledger, self._repeat_flops, self._label_tokens)
+        return self._tell(lambda: self.allowance.affords(self.ledger, self._repeat_flops, self._label_tokens))
 
     @property
     def price_ratio(self) -> float:
@@ -114,33 +128,21 @@ class TrainingStep:
         fresh = self.flop_model.repeat(self._batch.shapes) + self._prefix_flops
         return self._repeat_flops / fresh
 
-    def snapshot(self) -> dict[str, Tensor]:
+    def snapshot(self) -> Snapshot:
         """A copy of the adapter."""
-        return copy_adapter(self.model)
+        return self._tell(lambda: Snapshot(copy_adapter(self.model)))
 
     def score(self, batch: Batch, adapter: dict[str, Tensor]) -> float:
         """Loss of a batch under a saved adapter, charged as a probe; the adapter in training is put back."""
-        current = copy_adapter(self.model)
-        set_adapter(self.model, adapter)
         self._enter(batch)  # the activations stay for its fresh pass, which follows
-        nats = torch.zeros((), device=self.accelerator.device)
-        with torch.no_grad(), self.accelerator.autocast():
-            for index, micro in enumerate(self._batch.micro_batches):
-                nats += self.model(self._hidden(index, micro), micro).sum()
-        set_adapter(self.model, current)
-        loss = float(self._reduced(nats)) / self._total(batch.label_tokens)
-        prefix = self._charge_prefix()  # due for the fresh pass anyway, unless that computes it once more
-        self.ledger.flops_fresh += prefix if self._keeps else 0.0
-        self.ledger.flops_probe += self.flop_model.forward(batch.shapes) - self.flop_model.prefix.of(batch.shapes) + (0.0 if self._keeps else prefix)
-        return loss
+        return self._tell(lambda: self._probe(adapter))
 
     def record(self, losses: list[float], planned: int) -> BatchRecord:
-        """The record of the current batch, with all that was charged since the last record, a probe before its fresh pass included.
+        """The record of the current batch, with all that was charged since it began, a probe before its fresh pass included.
 
         Seconds are filled in by the loop, whose clock is still running.
         """
         flops, skipped = self._recorded
-        self._recorded = (self.ledger.flops, self.ledger.skipped_updates)
         return BatchRecord(
             batch=self._batch.index,
             epoch=self._batch.epoch,
@@ -151,12 +153,42 @@ class TrainingStep:
             learning_rate=self.learning_rate,
             gradient_norm=self._gradient_norm,
             tokens=self._label_tokens,
-            flops=self.ledger.flops - flops,
+            flops=self.ledger.flops - self.ledger.flops_lost - flops,
             seconds=0.0,
             skipped_updates=self.ledger.skipped_updates - skipped,
         )
 
     # -- how a pass is made ------------------------------------------------------------------------------------------------------------
+
+    def _fresh(self) -> float:
+        batch = self._batch
+        loss, self._gradient_norm = self._pass()
+        self.ledger.batches += 1
+        self.ledger.flops_fresh += self.flop_model.repeat(batch.shapes) + self._charge_prefix()
+        self.ledger.tokens_unique += self._label_tokens if batch.first_exposure else 0
+        return loss
+
+    def _repeat(self) -> float:
+        loss, _ = self._pass()
+        self.ledger.flops_repeat += self.flop_model.repeat(self._batch.shapes) + self._charge_prefix()
+        if self._keeps:
+            self.ledger.flops_saved += self.flop_model.prefix.of(self._batch.shapes)
+            self.ledger.seconds_saved += self._prefix_seconds
+        return loss
+
+    def _probe(self, adapter: dict[str, Tensor]) -> float:
+        batch, current = self._batch, copy_adapter(self.model)
+        set_adapter(self.model, adapter)
+        nats = torch.zeros((), device=self.accelerator.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            for index, micro in enumerate(batch.micro_batches):
+                nats += self.model(self._hidden(index, micro), micro).sum()
+        set_adapter(self.model, current)
+        loss = float(self._reduced(nats)) / self._total(batch.label_tokens)
+        prefix = self._charge_prefix()  # due for the fresh pass anyway, unless that computes it once more
+        self.ledger.flops_fresh += prefix if self._keeps else 0.0
+        self.ledger.flops_probe += self.flop_model.forward(batch.shapes) - self.flop_model.prefix.of(batch.shapes) + (0.0 if self._keeps else prefix)
+        return loss
 
     def _pass(self) -> tuple[float, float]:
         """Forward, backward and update on the current batch; returns its loss and the gradient's norm before clipping."""
@@ -173,11 +205,20 @@ class TrainingStep:
         norm = self._update()
         # Read off the device only now, with the update queued: an accelerator never idles for the decision.
         loss, norm = torch.stack([self._reduced(nats) / self._label_tokens, norm]).tolist()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        self.ledger.updates += finite
-        self.ledger.skipped_updates += not finite
-        self.ledger.tokens_trained += self._label_tokens
+        self._count(loss, norm)
         return loss, norm
+
+    def _count(self, loss: float, norm: float) -> None:
+        ledger, finite = self.ledger, math.isfinite(loss) and math.isfinite(norm)
+        ledger.tokens_trained += self._label_tokens
+        ledger.updates += finite
+        ledger.skipped_updates += not finite
+        if not math.isfinite(loss):
+            ledger.nonfinite_losses += 1
+        elif not finite and self.accelerator.scaler is None:
+            ledger.nonfinite_gradients += 1
+        elif not finite:
+            ledger.scaler_skips += 1
 
     def _update(self) -> Tensor:
         """Clip and step. Where the gradient is not finite the fused optimizer skips the update on the device, without being asked."""
@@ -191,7 +232,7 @@ class TrainingStep:
 
     def _set_learning_rate(self) -> None:
         fraction = self.allowance.schedule_fraction(self.ledger)
-        self.learning_rate = self.settings.lr * schedule(fraction, self.settings.warmup)
+        self.learning_rate = self.settings.lr * schedule(fraction, self.settings.warmup) * 0.5**self.ledger.rollbacks
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
 
@@ -247,6 +288,54 @@ class TrainingStep:
     def _repeat_flops(self) -> float:
         prefix = 0.0 if self._keeps else self.flop_model.prefix.of(self._batch.shapes)
         return self.flop_model.repeat(self._batch.shapes) + prefix
+
+    # -- going on from a checkpoint ----------------------------------------------------------------------------------------------------
+
+    def _tell(self, answer: Callable[[], Any], *, passed: bool = False) -> Any:
+        """Answer the strategy, or, in a batch that was cut off, give the answer it was given then."""
+        if self._replay:
+            told, numbers = self._replay.pop(0)
+            vars(self).update(numbers)
+            self._told.append((told, numbers))
+            if not self._replay:
+                self._fetch_again()
+            return told
+        told = answer()
+        kept = weakref.ref(told) if isinstance(told, Snapshot) else told  # a copy that the strategy has let go of is let go of here too
+        self._told.append((kept, {name: getattr(self, name) for name in _NUMBERS}))
+        if passed:
+            self._after_pass()
+        return told
+
+    @property
+    def midway(self) -> bool:
+        """Whether the coming batch was cut off between two of its passes."""
+        return bool(self._replay)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all losses told about the current batch, and its gradient, were finite."""
+        return all(math.isfinite(told) for told, _ in self._told if isinstance(told, float)) and math.isfinite(self._gradient_norm)
+
+    def _fetch_again(self) -> None:
+        """The prefix activations that were held when the batch was cut off; they have been charged."""
+        if self._keeps:
+            with self.ledger.paused(), self.accelerator.autocast():
+                for index, micro in enumerate(self._batch.micro_batches):
+                    self._hidden(index, micro)
+                self._source.settle()
+            self._receipts.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was told about the current batch, and what was recorded before it."""
+        told = [(kept() if isinstance(kept, weakref.ref) else kept, numbers) for kept, numbers in self._told]
+        return {"told": told + self._replay, "recorded": self._recorded}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the middle of a batch, or at its beginning where nothing had been told."""
+        self._replay = [(Snapshot(told) if isinstance(told, dict) else told, numbers) for told, numbers in state["told"]]
+        self._recorded = tuple(state["recorded"])
+        self._enter(Batch(()))
 
     # -- processes ---------------------------------------------------------------------------------------------------------------------
 

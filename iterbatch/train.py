@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from iterbatch.config import (
+    LAST,
     BenchConfig,
     DataConfig,
     ModelConfig,
@@ -105,7 +106,7 @@ class _CacheFlags:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command and return its exit code: 0, 2 for bad input or trouble that the user can mend, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a Windows console may not be UTF-8
         if hasattr(stream, "reconfigure"):
@@ -155,12 +156,30 @@ def parse_config(arguments: Sequence[str]) -> BenchConfig:
         ConfigError: with all problems of the configuration.
         SystemExit: with code 2 for a flag that does not exist or a value of another type, 0 for ``--help``.
     """
+    arguments = _resume_argument(arguments)
     parsed = _cli("train", _TrainFlags, arguments)
-    if parsed.run.config is not None:
-        parsed = _cli("train", _TrainFlags, [*_file_arguments(parsed.run.config), *arguments])
+    file = parsed.run.config
+    if parsed.run.resume is not None:
+        from iterbatch import folder
+
+        run_dir = folder.resume_folder(parsed.run.resume, parsed.run.save_dir, parsed.run.run_name)
+        arguments = [*arguments, "--save_dir", str(run_dir.parent), "--run_name", run_dir.name, "--resume", str(run_dir)]
+        folder.read_config(run_dir)
+        file = file or run_dir / folder.CONFIG
+    if file is not None:
+        parsed = _cli("train", _TrainFlags, [*_file_arguments(file), *arguments])
     config = BenchConfig(parsed.model, parsed.data, parsed.training, parsed.speed, parsed.strategy, parsed.run)
     check(config)
     return config
+
+
+def _resume_argument(arguments: Sequence[str]) -> list[str]:
+    """``--resume`` may stand alone."""
+    words = list(arguments)
+    for place, word in enumerate(words):
+        if word == "--resume" and (place + 1 == len(words) or words[place + 1].startswith("--")):
+            return [*words[: place + 1], str(LAST), *words[place + 1 :]]
+    return words
 
 
 def _cli(command: str, kind: Any, arguments: Sequence[str]) -> Any:
@@ -216,9 +235,9 @@ def _train(arguments: list[str], console: Console) -> int:
     try:
         with listener:
             run_dir = bench.run(config, listener)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         _say_how_to_go_on(console, getattr(listener, "run_dir", None))
-        return EXIT_INTERRUPTED
+        return getattr(stopped, "exit_code", EXIT_INTERRUPTED)
     progress.print_result(console, report.summarise(report.read_results(run_dir)), run_dir)
     return 0
 
@@ -227,8 +246,7 @@ def _say_how_to_go_on(console: Console, run_dir: Path | None) -> None:
     if run_dir is None:
         console.print("Interrupted before the run began.")
         return
-    command = f"iterbatch train --config {run_dir / 'config.yaml'} --run_name {run_dir.name} --resume"
-    console.print(Text(f"Interrupted. All records are in {run_dir}. To go on (finished arms are kept, the one cut off starts anew):\n  {command}"))
+    console.print(Text(f"Interrupted. To go on where it stopped:\n  iterbatch train --resume {run_dir}"), soft_wrap=True)
 
 
 def _generate(arguments: list[str], console: Console) -> int:

@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny import make_tiny
 
 # Before any library is imported: no network, and no cache shared with the user's own.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,24 +44,8 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, tokenizer):
     """A local folder in hub format: a LLaMA of two layers with random weights and the bundled tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_tiny(folder, tokenizer)
     return folder
 
 

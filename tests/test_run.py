@@ -8,7 +8,7 @@ import yaml
 
 from iterbatch import bench
 from iterbatch.arm import Listener
-from iterbatch.config import make_config
+from iterbatch.config import LAST, make_config
 from iterbatch.cut import CutModel
 from iterbatch.data_loader import prepare_eval
 from iterbatch.documents import read_corpus
@@ -183,8 +183,9 @@ def test_interruption_keeps_records_and_resume_goes_on(tiny, tmp_path, monkeypat
 
     assert main(["train", *flags]) == 2
     assert "--resume" in capsys.readouterr().err
-    assert main(["train", *flags, "--resume"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0  # no other flag is needed
     assert "finished before, kept" in capsys.readouterr().out
+    assert main(["train", "--resume", "--save_dir", str(tmp_path)]) == 0  # the newest run
     assert (tmp_path / "run" / "baseline" / "seed0" / "result.json").stat().st_mtime_ns == kept
     assert len(json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))) == 2
 
@@ -208,7 +209,7 @@ def test_folders_that_are_in_the_way(tiny, tmp_path):
     for flags, message in (
         ({"run_name": "mine"}, "exists already"),
         ({"run_name": "mine", "overwrite": True}, "not the folder of a run"),
-        ({"run_name": "new", "resume": True}, "no run to go on with"),
+        ({"run_name": "new", "resume": LAST}, "no run to go on with"),
     ):
         with pytest.raises(RunError, match=message):
             bench.run(make_config(**tiny, save_dir=tmp_path, **flags))

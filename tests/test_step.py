@@ -23,6 +23,9 @@ class Silent:
     def __init__(self):
         self.records, self.fractions = [], []
 
+    def batch_begins(self):
+        pass
+
     def batch_done(self, record):
         self.records.append(record)
 
