@@ -1,6 +1,7 @@
 """One arm: one strategy with one seed, trained, evaluated, and its records left in its folder."""
 
 import dataclasses
+import itertools
 import shutil
 import signal
 from pathlib import Path
@@ -107,7 +108,7 @@ def _prompts(prepared: Prepared) -> list[list[int]]:
     """The openings of the first validation documents that are long enough, all of one length."""
     windows = [window.input_ids[1:] for window in prepared.texts["validation"].windows]
     length = min(PROMPT_TOKENS, max(len(ids) for ids in windows) or 1, max(1, prepared.base.context - Sampling().new_tokens))
-    return [ids[:length] for ids in windows if len(ids) >= length][:PROMPTS]
+    return [ids[:length].tolist() for ids in itertools.islice((ids for ids in windows if len(ids) >= length), PROMPTS)]
 
 
 def _out_of_memory(problem: BaseException) -> bool:

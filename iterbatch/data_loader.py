@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iterbatch.cache import cache_folder
 from iterbatch.documents import Document
 from iterbatch.errors import DataError
 
@@ -97,19 +98,16 @@ class Batch:
 # Documents -> token blocks
 
 
-def cache_folder() -> Path:
-    """Where prepared blocks are kept: ``ITERBATCH_CACHE``, or ``.cache/iterbatch`` in the user's home."""
-    return Path(os.environ.get("ITERBATCH_CACHE") or Path.home() / ".cache" / "iterbatch")
-
-
-def tokenize(tokenizer: Any, documents: Iterable[Document], group: int = 256) -> Iterator[list[int]]:
-    """Yield the token ids of each document, without special tokens."""
+def tokenize(tokenizer: Any, documents: Iterable[Document], group: int = 1 << 22) -> Iterator[list[int]]:
+    """Yield the token ids of each document, without special tokens; ``group`` characters are tokenized at a time."""
     texts: list[str] = []
+    size = 0
     for document in documents:
         texts.append(document.text)
-        if len(texts) == group:
+        size += len(document.text) + 1
+        if size >= group:
             yield from _token_lists(tokenizer, texts)
-            texts = []
+            texts, size = [], 0
     if texts:
         yield from _token_lists(tokenizer, texts)
 
@@ -156,8 +154,9 @@ def _write_blocks(documents: Sequence[Document], tokenizer: Any, max_length: int
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         raw = Path(scratch) / "tokens"
         with raw.open("wb") as stream:
-            for ids in tokenize(tokenizer, documents):
-                ids = [*ids, tokenizer.eos_token_id][: int(min(len(ids) + 1, limit - total))]
+            for document, ids in zip(documents, tokenize(tokenizer, documents), strict=True):
+                ids = [*ids, tokenizer.eos_token_id] if document.ends else ids
+                ids = ids[: int(min(len(ids), limit - total))]
                 stream.write(np.asarray(ids, dtype=dtype).tobytes())
                 total += len(ids)
                 if total >= limit:
@@ -262,8 +261,8 @@ class BatchStream:
 class Window:
     """One stretch of a document: ``scored`` of its last tokens are predicted, the rest is context."""
 
-    input_ids: list[int]
-    targets: list[int]  # as long as input_ids
+    input_ids: np.ndarray  # (length,) int32
+    targets: np.ndarray  # (length,) int32
     scored: int
 
 
@@ -284,14 +283,12 @@ def rolling_windows(ids: Sequence[int], prefix: int, max_length: int) -> Iterato
     The arithmetic of lm-evaluation-harness's ``loglikelihood_rolling`` (context of one token, disjoint windows): the first window starts with
     the prefix token, each full window with the last token of the one before it, and a short last window is filled up with context.
     """
-    done = 0
+    sequence, done = np.array([prefix, *ids], dtype=np.int32), 0  # the windows share it
     while done < len(ids):
         scored = min(max_length, len(ids) - done)
         end = done + scored
-        start = 0 if done == 0 else end - max_length - 1
-        inputs = [prefix, *ids[: end - 1]] if done == 0 else list(ids[start : end - 1])
-        targets = list(ids[end - len(inputs) : end])
-        yield Window(inputs, targets, scored)
+        start = max(0, end - max_length)
+        yield Window(sequence[start:end], sequence[start + 1 : end + 1], scored)
         done = end
 
 
@@ -303,7 +300,7 @@ def prepare_eval(documents: Sequence[Document], tokenizer: Any, max_length: int,
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     windows: list[Window] = []
     words = size = tokens = count = 0
-    for document, ids in zip(documents, tokenize(tokenizer, documents, group=16), strict=False):
+    for document, ids in zip(documents, tokenize(tokenizer, documents, group=1 << 16), strict=False):
         windows.extend(rolling_windows(ids, prefix, max_length))
         words, size, tokens, count = words + document.words, size + document.bytes, tokens + len(ids), count + 1
         if max_tokens is not None and tokens >= max_tokens:
@@ -322,7 +319,7 @@ def collate(windows: Sequence[Window], pad_id: int, padding_side: str = "right")
     for row, window in enumerate(windows):
         size = len(window.input_ids)
         start = 0 if padding_side == "right" else length - size
-        input_ids[row, start : start + size] = torch.tensor(window.input_ids)
+        input_ids[row, start : start + size] = torch.from_numpy(window.input_ids)
         mask[row, start : start + size] = 1
-        labels[row, start + size - window.scored : start + size] = torch.tensor(window.targets[-window.scored :])
+        labels[row, start + size - window.scored : start + size] = torch.from_numpy(window.targets[-window.scored :])
     return MicroBatch(input_ids, labels, None if padding_side == "right" else mask)

@@ -6,20 +6,24 @@ test. What does not: tokens, blocks and batches, which are in :mod:`iterbatch.da
 
 import codecs
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from iterbatch.cache import Documents
 from iterbatch.errors import DataError, did_you_mean
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FRACTION = 0.1  # of the documents, for each of validation and test, where a source brings none
 SPLIT_SEED = 20_180_626  # fixed, so that every run and every arm holds out the same documents
+
+PIECE = 1 << 20  # characters; a longer text is handled in pieces, cut at ends of lines, so that memory does not grow with it
 
 _SPLIT_WORDS = {
     "train": "train",
@@ -56,19 +60,36 @@ class Document:
     text: str
     words: int
     bytes: int
+    ends: bool = True  # whether the document ends here; otherwise the next one goes on with it
 
     @classmethod
-    def of(cls, text: str, source: str | None = None) -> "Document":
+    def of(cls, text: str, source: str | None = None, *, ends: bool = True) -> "Document":
         """Build a document; ``source`` is the text before detokenisation, where there was any."""
         source = text if source is None else source
-        return cls(text=text, words=len(re.split(r"\s+", source.strip())), bytes=len(source.encode("utf-8")))
+        return cls(text=text, words=len(re.split(r"\s+", source.strip())), bytes=len(source.encode("utf-8", "surrogatepass")), ends=ends)
+
+
+def pieces(reads: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Cut a text that comes in any portions into pieces of at most ``PIECE`` characters, after a line's end, a space, or where need be.
+
+    Yields:
+        Each piece, and whether it is the last.
+    """
+    rest = ""
+    for text in reads:
+        rest += text
+        while len(rest) > PIECE:
+            cut = max(rest.rfind("\n", 0, PIECE), 0) or max(rest.rfind(" ", 0, PIECE), 0) or PIECE - 1
+            yield rest[: cut + 1], False
+            rest = rest[cut + 1 :]
+    yield rest, True
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents in three splits, where they came from, and what the reader must be told about them."""
 
-    splits: dict[str, list[Document]]
+    splits: dict[str, Documents]
     source: str
     licence: str
     notes: list[str] = field(default_factory=list)
@@ -108,17 +129,18 @@ def _plain_heading(match: re.Match[str]) -> str:
 
 
 def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
-    """Group WikiText's lines into articles: a new one starts at each top-level heading ``= Title =``."""
+    """Group WikiText's lines into articles: a new one starts at each top-level heading ``= Title =``, or after ``PIECE`` characters without one."""
     article: list[str] = []
-    previous_blank = True
+    size, previous_blank = 0, True
     for line in lines:
         stripped = line.strip()
         # A top-level heading stands after a blank line; ``= = Section = =`` has a second mark, and a formula's line does not follow a blank.
         is_title = previous_blank and re.fullmatch(r"= [^=].*[^=] =|= [^=] =", stripped) is not None
-        if is_title and any(part.strip() for part in article):
+        if (is_title or size > PIECE) and any(part.strip() for part in article):
             yield "\n".join(article)
-            article = []
+            article, size = [], 0
         article.append(line.rstrip("\n"))
+        size += len(line)
         previous_blank = not stripped
     if any(part.strip() for part in article):
         yield "\n".join(article)
@@ -188,19 +210,19 @@ def read_corpus(
     if data_dir is not None:
         splits, licence, source = _read_local(data_dir, chat_template), "as the text's owner states", str(data_dir)
     elif dataset == "pydocs":
-        splits, licence, source = {"train": list(_pydocs())}, "Python Software Foundation License 2", "pydoc_data.topics"
+        splits, licence, source = {"train": Documents(_pydocs())}, "Python Software Foundation License 2", "pydoc_data.topics"
     else:
         splits, licence, source = _read_hub(dataset, dataset_config, chat_template)
     return complete_splits(splits, source, licence)
 
 
-def complete_splits(splits: dict[str, list[Document]], source: str, licence: str) -> Corpus:
+def complete_splits(splits: Mapping[str, Documents], source: str, licence: str) -> Corpus:
     """Cut the splits that a source lacks from its train split, by document with a fixed seed, and note it.
 
     Raises:
         DataError: where there is no training text, or too few documents to hold any out.
     """
-    train = splits.get("train", [])
+    train = splits.get("train")
     if not train:
         raise DataError(
             f"{source} holds no training text (splits found: {', '.join(splits) or 'none'}); name a file with 'train' in its name, "
@@ -208,8 +230,8 @@ def complete_splits(splits: dict[str, list[Document]], source: str, licence: str
         )
     notes = []
     missing = [split for split in SPLITS[1:] if not splits.get(split)]
-    if missing and len(train) < 10:
-        train = [piece for document in train for piece in _pieces(document)]
+    if missing and sum(document.ends for document in itertools.islice(train, 1000)) < 10:
+        train = Documents(piece for document in train for piece in _paragraphs(document))
         notes.append(f"fewer than 10 documents: cut at blank lines into {len(train)} pieces")
     held_out = max(1, round(HELD_OUT_FRACTION * len(train)))
     if missing and len(train) <= held_out * len(missing):
@@ -221,13 +243,13 @@ def complete_splits(splits: dict[str, list[Document]], source: str, licence: str
     complete = {split: splits[split] for split in SPLITS[1:] if split not in missing}
     for split in missing:
         chosen, order = order[:held_out], order[held_out:]
-        complete[split] = [train[index] for index in sorted(chosen)]
+        complete[split] = train[np.sort(chosen)]
         notes.append(f"no {split} split: {held_out} of {len(train)} documents held out of train, fixed seed")
-    complete["train"] = [train[index] for index in sorted(order)]
+    complete["train"] = train[np.sort(order)]
     return Corpus({split: complete[split] for split in SPLITS}, source, licence, notes)
 
 
-def _pieces(document: Document) -> list[Document]:
+def _paragraphs(document: Document) -> list[Document]:
     parts = [part for part in re.split(r"\n\s*\n", document.text) if part.strip()]
     return [Document.of(part.strip("\n") + "\n") for part in parts]
 
@@ -239,13 +261,11 @@ def _pydocs() -> Iterator[Document]:
         yield Document.of(topics[name])
 
 
-def _read_local(path: Path, chat_template: ChatTemplate | None) -> dict[str, list[Document]]:
-    files = _local_files(path)
-    splits: dict[str, list[Document]] = {}
-    for file in files:
-        documents = _read_file(file, chat_template)
-        splits.setdefault(_split_of(file, path), []).extend(documents)
-    return splits
+def _read_local(path: Path, chat_template: ChatTemplate | None) -> dict[str, Documents]:
+    files: dict[str, list[Path]] = {}
+    for file in _local_files(path):
+        files.setdefault(_split_of(file, path), []).append(file)
+    return {split: Documents(document for file in chosen for document in _read_file(file, chat_template)) for split, chosen in files.items()}
 
 
 def _local_files(path: Path) -> list[Path]:
@@ -270,15 +290,26 @@ def _split_of(file: Path, root: Path) -> str:
     return "train"
 
 
-def _read_file(file: Path, chat_template: ChatTemplate | None) -> list[Document]:
+def _read_file(file: Path, chat_template: ChatTemplate | None) -> Iterator[Document]:
     if file.suffix != ".parquet":
         _check_utf8(file)
     if file.suffix == ".txt":
-        return [Document.of(text)] if (text := file.read_text(encoding="utf-8-sig")).strip() else []
-    if file.suffix in (".tokens", ".raw"):
-        with file.open(encoding="utf-8-sig") as lines:
-            return [_wikitext_document(article) for article in wikitext_articles(lines)]
-    return _documents_of_rows(_load_rows(file), chat_template, file)
+        with file.open(encoding="utf-8-sig") as text:
+            yield from _documents_of_pieces(iter(lambda: text.read(PIECE), ""))
+    elif file.suffix in (".tokens", ".raw"):
+        with file.open(encoding="utf-8-sig") as text:
+            yield from map(_wikitext_document, wikitext_articles(iter(lambda: text.readline(PIECE), "")))
+    else:
+        yield from _documents_of_rows(_load_rows(file), chat_template, file)
+
+
+def _documents_of_pieces(reads: Iterable[str]) -> Iterator[Document]:
+    """One text as documents: one, or where it is long, several that go on with each other. Without a word in it, none."""
+    begun = False
+    for piece, last in pieces(reads):
+        if begun or piece.strip():
+            begun = True
+            yield Document.of(piece, ends=last)
 
 
 def _load_rows(file: Path) -> Any:
@@ -294,10 +325,10 @@ def _load_rows(file: Path) -> Any:
         raise DataError(f"{file} cannot be read as {file.suffix[1:]}: {str(reason).splitlines()[0]}") from problem
 
 
-def _documents_of_rows(rows: Iterable[dict[str, Any]], chat_template: ChatTemplate | None, source: object) -> list[Document]:
+def _documents_of_rows(rows: Iterable[dict[str, Any]], chat_template: ChatTemplate | None, source: object) -> Iterator[Document]:
     try:
-        texts = (row_text(row, chat_template) for row in rows)
-        return [Document.of(text) for text in texts if text.strip()]
+        for row in rows:
+            yield from _documents_of_pieces([row_text(row, chat_template)])
     except DataError as problem:
         raise DataError(f"{source}: {problem}") from problem
 
@@ -334,7 +365,7 @@ def _check_json_lines(file: Path) -> None:
                 raise DataError(f"{file}, line {number}: a {type(row).__name__} where an object with one of {_FIELDS} is needed")
 
 
-def _read_hub(dataset: str, config: str | None, chat_template: ChatTemplate | None) -> tuple[dict[str, list[Document]], str, str]:
+def _read_hub(dataset: str, config: str | None, chat_template: ChatTemplate | None) -> tuple[dict[str, Documents], str, str]:
     import datasets
 
     known = NAMED.get(dataset)
@@ -350,15 +381,15 @@ def _read_hub(dataset: str, config: str | None, chat_template: ChatTemplate | No
         loaded: Any = datasets.load_dataset(hub.name, config)
     except Exception as problem:  # connection, missing name, missing configuration: each library layer has its own class
         raise DataError(unreachable_dataset(hub.name, problem)) from problem
-    splits: dict[str, list[Document]] = {}
+    splits: dict[str, Documents] = {}
     for split, rows in loaded.items():
         name = _SPLIT_WORDS.get(str(split).lower())
         if name is None:
             continue
         if hub.name == "Salesforce/wikitext":
-            splits[name] = [_wikitext_document(article) for article in wikitext_articles(row["text"] for row in rows)]
+            splits[name] = Documents(map(_wikitext_document, wikitext_articles(row["text"] for row in rows)))
         else:
-            splits[name] = _documents_of_rows(rows, chat_template, hub.name)
+            splits[name] = Documents(_documents_of_rows(rows, chat_template, hub.name))
     return splits, hub.licence, f"{hub.name}{f' ({config})' if config else ''}"
 
 

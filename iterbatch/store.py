@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from iterbatch.data_loader import cache_folder
+from iterbatch.cache import cache_folder
 from iterbatch.errors import RunError
 from iterbatch.record import write_json
 
