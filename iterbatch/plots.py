@@ -9,6 +9,7 @@ import numpy as np
 from iterbatch.record import BatchRecord, EvalRecord, read_records, whole_or_not
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by colour-blind readers (Okabe, Ito)
+MOST_POINTS = 20_000  # of a strategy in a scatter plot; of more, a random choice is drawn
 Arms = dict[str, list[Path]]  # strategy to the folders of its seeds
 
 
@@ -77,13 +78,14 @@ def _repeats(arms: Arms, path: Path) -> None:
     figure, (over_time, by_loss) = _figure(9.6, 4.0, columns=2)
     jitter, most = np.random.default_rng(0), 5
     for place, ((strategy, folders), colour) in enumerate(zip(arms.items(), _colours(arms), strict=False)):
-        records = [list(read_records(folder / "batches.jsonl", BatchRecord)) for folder in folders]
-        length = min(map(len, records))
-        passes = np.array([[record.repeats_done for record in seed[:length]] for seed in records]).mean(axis=0)
+        seeds = [_losses_and_repeats(folder / "batches.jsonl") for folder in folders]
+        length = min(map(len, seeds))
+        passes = np.stack([seed["repeats"][:length] for seed in seeds]).mean(axis=0)
         over_time.plot(np.arange(length), _smooth(passes), color=colour, label=strategy)
-        most = max(most, max(record.repeats_done for seed in records for record in seed))
-        losses = [record.initial_loss for seed in records for record in seed]
-        done = np.array([record.repeats_done for seed in records for record in seed])
+        batches = np.concatenate(seeds)
+        most = max(most, batches["repeats"].max(initial=1))
+        shown = jitter.choice(batches, min(MOST_POINTS, len(batches)), replace=False)
+        losses, done = shown["loss"], shown["repeats"]
         offset = (place - (len(arms) - 1) / 2) * 0.12  # strategies side by side, so that none hides another
         by_loss.scatter(losses, done + offset + jitter.uniform(-0.04, 0.04, len(done)), s=6, alpha=0.5, linewidths=0, color=colour)
     over_time.set(xlabel="batch", ylabel="repeats (mean of 15 batches)", title="Repeats over training")
@@ -94,6 +96,12 @@ def _repeats(arms: Arms, path: Path) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     over_time.legend(frameon=False, loc="upper right")
     _save(figure, path)
+
+
+def _losses_and_repeats(file: Path) -> np.ndarray:
+    """Two numbers a batch, so that a million of them fit."""
+    records = ((record.initial_loss, record.repeats_done) for record in read_records(file, BatchRecord))
+    return np.fromiter(records, dtype=[("loss", "f8"), ("repeats", "i8")])
 
 
 def _smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
