@@ -22,7 +22,7 @@ ASSETS = Path(__file__).parent / "assets" / "base"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
 LAST = Path("last")  # what --resume without a folder stands for
-NOT_SAVED = ("config", "run_name", "resume", "overwrite", "dry_run")  # they belong to one invocation, not to the experiment
+NOT_SAVED = ("config", "run_name", "resume", "overwrite", "dry_run", "trust_remote_code")  # they belong to one invocation, not to the experiment
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about one more forward of the adapted layers a pass."""
     trust_remote_code: bool = False
-    """Allow a model folder or hub name to run its own Python code."""
+    """Allow a model folder or hub name to run its own Python code. Never taken from a file."""
     lora_rank: int = 8
     """Rank of the adapter matrices; >= 1."""
     lora_alpha: float = 16.0

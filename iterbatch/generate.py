@@ -1,17 +1,17 @@
 """Text written by a model: samples with their metrics, and the continuation of any prompt with a trained adapter."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from iterbatch import report
+from iterbatch import folder, report
 from iterbatch.config import make_config
 from iterbatch.errors import DataError, RunError
-from iterbatch.model import PRECISION, load_base
+from iterbatch.model import PRECISION, load_base, load_weights
 from iterbatch.processes import make_accelerator
 
 
@@ -87,13 +87,14 @@ def text_metrics(texts: Sequence[Sequence[int]]) -> dict[str, float]:
 # With the adapter of a run
 
 
-def load_trained(run_dir: Path, strategy: str | None = None, seed: int | None = None) -> tuple[Any, Any, str]:
+def load_trained(run_dir: Path, strategy: str | None = None, seed: int | None = None, *, trust_remote_code: bool = False) -> tuple[Any, Any, str]:
     """Load a run's base with one of its adapters.
 
     Args:
         run_dir: A run's folder.
         strategy: Whose adapter; without it the one with the lowest validation perplexity.
         seed: Of which seed.
+        trust_remote_code: Allow the base model's folder or hub name to run its own code; what the run itself allowed does not count.
 
     Returns:
         The PEFT model in eval mode, its tokenizer, and ``strategy/seedK``.
@@ -102,25 +103,39 @@ def load_trained(run_dir: Path, strategy: str | None = None, seed: int | None = 
         RunError: where there is no such run or arm.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    if not (run_dir / "config.yaml").exists():
+    if not (run_dir / folder.CONFIG).exists():
         raise RunError(f"{run_dir} is not the folder of a run (it has no config.yaml); give the folder that a run printed at its end")
     rows = [row for row in report.read_results(run_dir) if strategy in (None, row["strategy"]) and seed in (None, row["seed"])]
     if not rows:
         raise RunError(
             f"{run_dir} has no finished arm{f' of strategy {strategy!r}' if strategy else ''}{f' with seed {seed}' if seed is not None else ''}"
         )
-    best = min(rows, key=lambda row: row["val_ppl"])
-    config = make_config(**yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
-    base = load_base(config)
-    model: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, base.dtype), weights_only=True)
+    best = min(rows, key=lambda row: math.inf if row["val_ppl"] is None else row["val_ppl"])
     name = f"{best['strategy']}/seed{best['seed']}"
-    return PeftModel.from_pretrained(model, str(run_dir / name / "adapter")).eval(), base.tokenizer, name
+    try:
+        config = make_config(**folder.read_config(run_dir), trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError) as problem:
+        raise RunError(f"{run_dir / folder.CONFIG} is damaged: {problem}") from problem
+    base = load_base(config)
+    model, adapter = load_weights(base, config.model), run_dir / name / "adapter"
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise RunError(f"{adapter} holds no adapter_model.safetensors; train that arm again")
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval(), base.tokenizer, name
+    except Exception as problem:  # safetensors, PEFT and torch have classes of their own for a damaged adapter
+        raise RunError(f"the adapter {adapter} cannot be loaded ({type(problem).__name__}: {problem})"[:500]) from problem
 
 
 def continue_text(
-    run_dir: Path, prompt: str, sampling: Sampling, *, strategy: str | None = None, seed: int | None = None, greedy: bool = False
+    run_dir: Path,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    strategy: str | None = None,
+    seed: int | None = None,
+    greedy: bool = False,
+    trust_remote_code: bool = False,
 ) -> str:
     """Continue a prompt with a trained adapter; what ``iterbatch generate`` prints.
 
@@ -128,7 +143,7 @@ def continue_text(
         RunError: see :func:`load_trained`.
         DataError: where the prompt is empty, or too long for the model's context.
     """
-    model, tokenizer, _ = load_trained(run_dir, strategy, seed)
+    model, tokenizer, _ = load_trained(run_dir, strategy, seed, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     room = model.config.max_position_embeddings - sampling.new_tokens
     if not ids or len(ids) > room:

@@ -5,6 +5,7 @@ What does not live here: the scheduler network (:mod:`iterbatch.scheduler`) and 
 
 import contextlib
 import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from iterbatch import hub
@@ -71,11 +73,11 @@ def load_base(config: BenchConfig) -> Base:
     path, options = config.model_path, _loading_options(config)
     try:
         base_config = AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as problem:
+    except Exception as problem:  # Transformers and its hub library raise many classes for a config.json that is damaged
         raise ModelError(f"'{path}' has no usable config.json: {_first_line(problem)}. {_LOCAL_HINT}") from problem
     if base_config.model_type not in SUPPORTED:
         raise ModelError(f"'{path}' is a '{base_config.model_type}' model; this experiment adapts {', '.join(SUPPORTED)}")
-    _require_weights(path)
+    _check_weights(path, base_config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as problem:  # tokenizers and transformers raise many classes, a bare Exception among them
@@ -109,10 +111,51 @@ def _first_line(problem: BaseException) -> str:
     return (str(problem).strip().splitlines() or ["no reason given"])[0][:240].rstrip(".")
 
 
-def _require_weights(path: str) -> None:
+def _check_weights(path: str, base_config: Any) -> None:
+    """Compare a local folder's weights with its config.json, before memory is asked for that they do not fill. Only the files' headers are read."""
     folder = Path(path)
-    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
-        raise ModelError(f"'{path}' holds no weights (*.safetensors). {_LOCAL_HINT}")
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = " Pickled ones (*.bin) are not read: they can run code. Save the model again by save_pretrained" if [*folder.glob("*.bin")] else ""
+        raise ModelError(f"'{path}' holds no weights (*.safetensors).{pickled or ' ' + _LOCAL_HINT}")
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - not a dict
+                    header = weights.get_slice(name)
+                    if header.get_dtype() in ("F32", "BF16", "F16"):  # quantised weights have shapes of their own
+                        shapes[name] = header.get_shape()
+        except (SafetensorError, OSError) as problem:
+            raise ModelError(f"the weights {file} cannot be read: {_first_line(problem)}. {_LOCAL_HINT}") from problem
+    problems = [
+        f"{name} is {shapes[name]}, not {wanted}"
+        for name in shapes
+        for end, wanted in _wanted(base_config)
+        if name.endswith(end) and shapes[name] != wanted
+    ]
+    layers = {int(match[1]) for name in shapes if (match := re.search(r"\blayers\.(\d+)\.", name))}
+    if layers and len(layers) != base_config.num_hidden_layers:
+        problems.append(f"they have {len(layers)} layers, not {base_config.num_hidden_layers}")
+    if problems:
+        raise ModelError(f"the weights of '{path}' do not fit its config.json: {'; '.join(problems[:3])}. {_LOCAL_HINT}")
+
+
+def _wanted(config: Any) -> list[tuple[str, list[int]]]:
+    """Shapes of weights by the ends of their names, as config.json has them."""
+    hidden, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    width = getattr(config, "head_dim", None) or hidden // max(1, heads)
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * width
+    return [
+        ("embed_tokens.weight", [config.vocab_size, hidden]),
+        ("q_proj.weight", [heads * width, hidden]),
+        ("k_proj.weight", [keys, hidden]),
+        ("v_proj.weight", [keys, hidden]),
+        ("gate_proj.weight", [inner, hidden]),
+        ("down_proj.weight", [hidden, inner]),
+    ]
 
 
 def _check_fit(config: BenchConfig, base: Base) -> None:
@@ -216,7 +259,7 @@ def load_weights(base: Base, config: ModelConfig) -> Any:
         )
     try:
         with _quiet_loading():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, weights_only=True, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, use_safetensors=True, **options)
     except Exception as problem:  # safetensors, OSError and RuntimeError for truncated, missing or mismatched files
         raise ModelError(f"the weights of '{base.path}' cannot be loaded: {_first_line(problem)}. {_LOCAL_HINT}") from problem
     model, report = loaded
@@ -228,7 +271,23 @@ def load_weights(base: Base, config: ModelConfig) -> Any:
             module, "support_avx512bf16_for_cpu"
         ):  # bitsandbytes on a CPU: else its first evaluation repacks weights to a form without gradients
             module.support_avx512bf16_for_cpu = False
+    _try(model, base)
     return model
+
+
+def _try(model: Any, base: Base) -> None:
+    """Write one token: a setting of config.json that no shape contradicts is found out here, not after an hour of training."""
+    ids = torch.full((1, 2), base.tokenizer.eos_token_id, device=model.device)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False, "pad_token_id": base.tokenizer.eos_token_id}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), _quiet_loading():
+            finite = bool(model.train()(ids).logits.isfinite().all())
+            model.eval().generate(ids, **options)
+    except Exception as problem:  # whatever a wrong setting brings about
+        reason = f"{type(problem).__name__}: {_first_line(problem)}"
+        raise ModelError(f"the model '{base.path}' cannot write text ({reason}); a setting of its config.json may be wrong") from problem
+    if not finite:
+        raise ModelError(f"the model '{base.path}' computes what is not finite in {base.dtype}; its weights may be damaged, or try --dtype float32")
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def _perplexity(arms: Arms, path: Path) -> None:
         scores = [[record for record in read_records(folder / "evals.jsonl", EvalRecord) if record.split == "validation"] for folder in folders]
         # The untrained base lies so far above that it would flatten everything else; it is named in a corner instead.
         curves = [[record for record in seed if record.fraction > 0] for seed in scores]
-        before = scores[0][0].ppl
+        before = scores[0][0].ppl if scores[0] else before
         points = list(zip(*curves, strict=False))  # one group a fraction of the budget, over seeds
         if not points:  # stopped before its first evaluation
             continue
@@ -80,6 +80,8 @@ def _repeats(arms: Arms, path: Path) -> None:
     for place, ((strategy, folders), colour) in enumerate(zip(arms.items(), _colours(arms), strict=False)):
         seeds = [_losses_and_repeats(folder / "batches.jsonl") for folder in folders]
         length = min(map(len, seeds))
+        if not length:
+            continue
         passes = np.stack([seed["repeats"][:length] for seed in seeds]).mean(axis=0)
         over_time.plot(np.arange(length), _smooth(passes), color=colour, label=strategy)
         batches = np.concatenate(seeds)
@@ -94,7 +96,8 @@ def _repeats(arms: Arms, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.set_ylim(0.5, most + 0.5)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    over_time.legend(frameon=False, loc="upper right")
+    if over_time.lines:
+        over_time.legend(frameon=False, loc="upper right")
     _save(figure, path)
 
 

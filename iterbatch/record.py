@@ -117,12 +117,22 @@ def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
     Raises:
         DataError: naming the line that cannot be read.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield kind(**_not_null(json.loads(line)))
-            except (ValueError, TypeError) as problem:
-                raise DataError(f"{path}, line {number}: not a {kind.__name__} ({problem})") from problem
+    allowed = {each.name: _ALLOWED[each.type] for each in dataclasses.fields(kind)}
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                row = _not_null(json.loads(line))
+                for name, value in row.items():
+                    if not isinstance(value, allowed[name]):
+                        raise TypeError(f"{name} is {value!r}")
+                yield kind(**row)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
+        raise DataError(f"{path}, line {number}: not a {kind.__name__} ({str(problem)[:200]})") from problem
+
+
+_ALLOWED: dict[Any, Any] = {int: int, float: (int, float), str: str, list[float]: list}  # what JSON may hold for a field's type
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iterbatch import plots
+from iterbatch import folder, plots
 from iterbatch.errors import RunError
 from iterbatch.record import write_json, write_text
 
@@ -22,6 +22,9 @@ COLUMNS = (
     "x baseline",
     "train seconds",
 )
+
+
+TEXT_METRICS = ("distinct_1", "distinct_2", "rep_4", "mean_length")
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,46 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for file in sorted(run_dir.glob("*/seed*/result.json")):
+        seed = file.parent.name.removeprefix("seed")
+        if not seed.isdecimal():
+            continue
         try:
-            rows.append(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as problem:
-            raise RunError(f"{file} is damaged ({problem}); delete its folder and train that arm again with --resume") from problem
+            row = json.loads(file.read_text(encoding="utf-8"))
+            _check_row(row)
+        except (ValueError, TypeError, KeyError, RecursionError) as problem:
+            raise RunError(f"{file} is damaged ({problem!r}); delete its folder and train that arm again with --resume") from problem
+        rows.append(row | {"strategy": file.parent.parent.name, "seed": int(seed)})  # where it lies counts, not what it says
     order = _strategy_order(run_dir)
     return sorted(rows, key=lambda row: (order.get(row["strategy"], len(order)), row["strategy"], row["seed"]))
 
 
-def _strategy_order(run_dir: Path) -> dict[str, int]:
-    import yaml
+def _check_row(row: Any) -> None:
+    """Whether a result has what a summary needs.
 
-    file = run_dir / "config.yaml"
-    names = yaml.safe_load(file.read_text(encoding="utf-8"))["strategies"] if file.exists() else []
-    return {name: place for place, name in enumerate(names)}
+    Raises:
+        ValueError: where it has not.
+        TypeError: where it is not even a table.
+        KeyError: where an entry is missing.
+    """
+    for name in ("batches", "updates", "mean_repeats", "flops", "train_seconds", "skipped_updates"):
+        if not _is_number(row[name]):
+            raise ValueError(f"{name} is {row[name]!r}")
+    for name in ("val_ppl", "test_ppl", "base_val_ppl"):
+        if row[name] is not None and not _is_number(row[name]):
+            raise ValueError(f"{name} is {row[name]!r}")
+    for name in ("text", "base_text"):
+        for decoding in ("greedy", "sampled"):
+            if not all(_is_number(row[name][decoding][metric]) for metric in TEXT_METRICS):
+                raise ValueError(f"{name} has a metric that is no number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _strategy_order(run_dir: Path) -> dict[str, int]:
+    names = folder.read_config(run_dir).get("strategies") if (run_dir / folder.CONFIG).exists() else []
+    return {str(name): place for place, name in enumerate(names if isinstance(names, list) else [])}
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[StrategySummary]:
@@ -124,7 +153,8 @@ def _page(run_dir: Path, summaries: list[StrategySummary]) -> str:
     if not summaries:
         return "\n".join([*lines, "No arm is finished yet.", ""])
     base = summaries[0].rows[0]["base_val_ppl"]
-    lines += [f"Validation perplexity before training: {base:,.3f}. Perplexity is exp(total nats / total tokens).", ""]
+    before = "not finite" if base is None else f"{base:,.3f}"
+    lines += [f"Validation perplexity before training: {before}. Perplexity is exp(total nats / total tokens).", ""]
     lines += [f"Seeds: {seeds}. Where there are several, mean ± standard deviation over seeds.", ""] if seeds > 1 else []
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(summary.cells()) + " |" for summary in summaries]
@@ -173,13 +203,12 @@ def _reuse_section(summaries: list[StrategySummary]) -> list[str]:
 
 
 def _text_table(summaries: list[StrategySummary]) -> list[str]:
-    names = ("distinct_1", "distinct_2", "rep_4", "mean_length")
     lines = ["| strategy | decoding | distinct-1 | distinct-2 | rep-4 | mean length, tokens |", "| --- | --- | --- | --- | --- | --- |"]
     groups = [("before training", [summaries[0].rows[0]["base_text"]])]
     groups += [(summary.strategy, [row["text"] for row in summary.rows]) for summary in summaries]
     for label, texts in groups:
         for decoding in ("greedy", "sampled"):
-            values = [statistics.fmean(text[decoding][name] for text in texts) for name in names]
+            values = [statistics.fmean(text[decoding][name] for text in texts) for name in TEXT_METRICS]
             lines.append(f"| {label} | {decoding} | " + " | ".join(f"{value:.3f}" for value in values[:3]) + f" | {values[3]:.1f} |")
     return [*lines, "", "Five prompts an arm: too few for more than a glance."]
 

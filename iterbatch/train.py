@@ -76,6 +76,8 @@ class GenerateFlags:
     """Sample from the likeliest tokens of this total probability; 0 < p <= 1."""
     sampling_seed: int = 0
     """Seed of the draws; >= 0."""
+    trust_remote_code: bool = False
+    """Allow the base model to run its own Python code."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ def _file_arguments(path: Path) -> list[str]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} holds a {type(content).__name__}; write one 'flag: value' a line")
     known = knobs()
+    if "trust_remote_code" in content:
+        raise ConfigError(f"--config {path} sets trust_remote_code; whether code of others may run is said on the command line only")
     unknown = [f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}" for key in content if key not in known or key == "config"]
     if unknown:
         raise ConfigError("\n".join(unknown))
@@ -265,7 +269,8 @@ def _generate(arguments: list[str], console: Console) -> int:
     from iterbatch.generate import Sampling, continue_text
 
     sampling = Sampling(flags.new_tokens, flags.temperature, flags.top_p, flags.sampling_seed)
-    text = continue_text(flags.run_dir, flags.prompt, sampling, strategy=flags.strategy, seed=flags.seed, greedy=flags.greedy)
+    chosen = {"strategy": flags.strategy, "seed": flags.seed, "greedy": flags.greedy}
+    text = continue_text(flags.run_dir, flags.prompt, sampling, **chosen, trust_remote_code=flags.trust_remote_code)
     console.print(Text(report.plain(text)), soft_wrap=True)
     return 0
 
