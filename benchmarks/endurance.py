@@ -42,6 +42,7 @@ def soak(folder: Path, batches: int = BATCHES) -> bool:
     settings |= {"strategies": ["learnable"], "batch_size": 2, "epochs": epochs, "lr": 1e-3, "checkpoint_every": "100u", "log_with": ["none"]}
     bench.run(make_config(**settings, save_dir=folder, run_name="soak"), Sampling())
     memory, files = zip(*samples, strict=True)
+    growth = 100 * (max(memory) / memory[0] - 1)
     print(f"memory {min(memory):.0f}-{max(memory):.0f} MB, {growth:+.1f}% over the first sample at most")
     print(f"open files {min(files)}-{max(files)}")
     return max(memory) < 1.05 * memory[0] and max(files) <= files[0]
