@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -348,6 +349,7 @@ def main() -> int:
         os.environ["ITERBATCH_CACHE"] = str(Path(scratch) / "cache")
         os.environ["HF_DATASETS_CACHE"] = str(Path(scratch) / "datasets")
         os.environ["HF_HUB_OFFLINE"] = "1"
+        torch.set_num_threads(1)  # a tiny model gains nothing from more
         ground = Ground(Path(scratch))
         for kind in arguments.kinds:
             begun, cases = time.monotonic(), max(1, round(arguments.cases * SHARES[kind]))

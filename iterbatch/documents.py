@@ -23,6 +23,7 @@ SPLITS = ("train", "validation", "test")
 HELD_OUT_FRACTION = 0.1  # of the documents, for each of validation and test, where a source brings none
 SPLIT_SEED = 20_180_626  # fixed, so that every run and every arm holds out the same documents
 
+DEEP = 500  # brackets in a row of JSON from which on its depth is looked at
 PIECE = 1 << 20  # characters; a longer text is handled in pieces, cut at ends of lines, so that memory does not grow with it
 
 _SPLIT_WORDS = {
@@ -315,6 +316,8 @@ def _documents_of_pieces(reads: Iterable[str]) -> Iterator[Document]:
 def _load_rows(file: Path) -> Any:
     import datasets
 
+    if file.suffix == ".jsonl":
+        _check_depth(file)
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train")
@@ -350,6 +353,20 @@ def _check_utf8(file: Path) -> None:
         raise DataError(f"{file} cannot be read: {problem.strerror}") from problem
     if read == 0:
         raise DataError(f"{file} is empty; give a file with text in it")
+
+
+def _check_depth(file: Path) -> None:
+    """Refuse rows nested so deeply that the JSON reader's stack would end the process."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.count(b"[") + line.count(b"{") < DEEP:
+                continue
+            try:
+                json.loads(line)
+            except RecursionError as problem:
+                raise DataError(f"{file}, line {number}: nested too deeply to be read; mend or delete that line") from problem
+            except ValueError:
+                continue  # the reader says what is wrong with it
 
 
 def _check_json_lines(file: Path) -> None:

@@ -24,10 +24,10 @@ class RichListener(Listener):
         self.console, self.config = console, config
         self.arms = len(config.strategy.strategies) * len(config.training.seeds)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
-            TextColumn("{task.fields[shown]}"),
+            TextColumn("{task.fields[shown]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -60,7 +60,7 @@ class RichListener(Listener):
     def arm_started(self, strategy: str, seed: int) -> None:
         """Start its bar."""
         self._started += 1
-        name = f"{strategy}, seed {seed} ({self._started}/{self.arms})"
+        name = plain(f"{strategy}, seed {seed} ({self._started}/{self.arms})")
         self._task = self.progress.add_task(name, total=1.0, shown="")
         self._tokens, self._seconds, self._passes, self._batches = 0, 0.0, 0, 0
 
@@ -95,7 +95,7 @@ def result_table(summaries: list[StrategySummary]) -> Table:
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "strategy" else "right", overflow="fold")
     for summary in summaries:
-        table.add_row(*summary.cells())
+        table.add_row(*(Text(plain(cell)) for cell in summary.cells()))
     return table
 
 
@@ -150,12 +150,20 @@ def print_stores(console: Console, stores: list[StoreInfo]) -> None:
     if not stores:
         console.print(Text(f"No activations are kept in {stores_folder()}."))
         return
-    table = Table(title=str(stores_folder()))
+    table = Table(title=Text(str(stores_folder())))
     for column in ("key", "model", "text", "frozen layers", "dtype", "stored", "GB", "in use"):
         table.add_column(column, justify="right" if column in ("stored", "GB") else "left")
     for each in stores:
-        header, key = each.header, each.header.get("key", {})
+        header, key = each.header, each.header.get("key")
+        key = key if isinstance(key, dict) else {}
         shown = [plain(str(header.get(name, "?"))) for name in ("model", "text")] + [str(key.get(name, "?")) for name in ("cut", "dtype")]
-        table.add_row(each.key, *shown, f"{each.stored} of {header.get('items', '?')}", f"{each.gigabytes:.3f}", "yes" if each.in_use else "")
+        cells = [
+            plain(each.key),
+            *shown,
+            f"{each.stored} of {plain(str(header.get('items', '?')))}",
+            f"{each.gigabytes:.3f}",
+            "yes" if each.in_use else "",
+        ]
+        table.add_row(*map(Text, cells))
     console.print(table)
     console.print(Text(f"{sum(each.gigabytes for each in stores):.3f} GB in all. iterbatch cache clear [KEY ...] frees it."))

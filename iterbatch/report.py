@@ -1,11 +1,13 @@
 """A run's summary, from its records alone, so that it can be redone at any time and while a run is going."""
 
+import html
 import json
 import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from iterbatch import folder, plots
 from iterbatch.errors import RunError
@@ -149,7 +151,7 @@ def write(run_dir: Path) -> list[StrategySummary]:
 
 def _page(run_dir: Path, summaries: list[StrategySummary]) -> str:
     seeds = max((len(summary.rows) for summary in summaries), default=0)
-    lines = [f"# {plain(run_dir.name)}", ""]
+    lines = [f"# {markdown(run_dir.name)}", ""]
     if not summaries:
         return "\n".join([*lines, "No arm is finished yet.", ""])
     base = summaries[0].rows[0]["base_val_ppl"]
@@ -157,7 +159,7 @@ def _page(run_dir: Path, summaries: list[StrategySummary]) -> str:
     lines += [f"Validation perplexity before training: {before}. Perplexity is exp(total nats / total tokens).", ""]
     lines += [f"Seeds: {seeds}. Where there are several, mean ± standard deviation over seeds.", ""] if seeds > 1 else []
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(summary.cells()) + " |" for summary in summaries]
+    lines += ["| " + " | ".join([markdown(summary.strategy), *summary.cells()[1:]]) + " |" for summary in summaries]
     lines += ["", *_stopped(summaries)]
     if (note := hint(summaries)) is not None:
         lines += [note, ""]
@@ -165,15 +167,17 @@ def _page(run_dir: Path, summaries: list[StrategySummary]) -> str:
     lines += ["## Text", "", *_text_table(summaries), ""]
     lines += ["## Samples", ""]
     arms = [(summary.strategy, row["seed"]) for summary in summaries for row in summary.rows]
-    lines += [f"- [{strategy}, seed {seed}]({strategy}/seed{seed}/samples.md)" for strategy, seed in arms]
+    lines += [f"- [{markdown(strategy)}, seed {seed}]({quote(strategy)}/seed{seed}/samples.md)" for strategy, seed in arms]
     lines += ["", "![Validation perplexity against compute](ppl_vs_flops.png)", "", "![Repeats](repeats.png)", ""]
     return "\n".join(lines)
 
 
 def _stopped(summaries: list[StrategySummary]) -> list[str]:
-    rows = [row for summary in summaries for row in summary.rows]
-    lines = [f"**{row['strategy']}, seed {row['seed']}, stopped early**: {row['stopped']}." for row in rows if row.get("stopped")]
-    lines += [f"**{row['strategy']}, seed {row['seed']}**: {'; '.join(faults)}." for row in rows if (faults := _faults(row))]
+    lines = []
+    for row in [row for summary in summaries for row in summary.rows]:
+        arm = f"{markdown(row['strategy'])}, seed {row['seed']}"
+        lines += [f"**{arm}, stopped early**: {markdown(str(row['stopped']))}."] if row.get("stopped") else []
+        lines += [f"**{arm}**: {'; '.join(faults)}."] if (faults := _faults(row)) else []
     return [line for text in lines for line in (text, "")]
 
 
@@ -195,7 +199,7 @@ def _reuse_section(summaries: list[StrategySummary]) -> list[str]:
     lines = ["## Frozen prefix reused", "", columns, "|" + " --- |" * 4]
     for summary in summaries:
         saved = [f"{summary.mean(key) / scale:,.1f}" for key, scale in (("flops_saved", 1e9), ("seconds_saved", 1), ("seconds_charged", 1))]
-        lines.append(f"| {summary.strategy} | {' | '.join(saved)} |")
+        lines.append(f"| {markdown(summary.strategy)} | {' | '.join(saved)} |")
     size = summaries[-1].rows[-1]["store_gb"]
     kept = [f"Activations on disk: {size:.3f} GB.", ""] if size else []
     note = "Means over seeds. Every arm is charged as if it ran alone; what is saved is what it neither computed nor paid for."
@@ -209,14 +213,14 @@ def _text_table(summaries: list[StrategySummary]) -> list[str]:
     for label, texts in groups:
         for decoding in ("greedy", "sampled"):
             values = [statistics.fmean(text[decoding][name] for text in texts) for name in TEXT_METRICS]
-            lines.append(f"| {label} | {decoding} | " + " | ".join(f"{value:.3f}" for value in values[:3]) + f" | {values[3]:.1f} |")
+            lines.append(f"| {markdown(label)} | {decoding} | " + " | ".join(f"{value:.3f}" for value in values[:3]) + f" | {values[3]:.1f} |")
     return [*lines, "", "Five prompts an arm: too few for more than a glance."]
 
 
 def samples_page(title: str, content: dict[str, Any]) -> str:
     """The continuations of the fixed prompts, the base's beside the trained model's, as Markdown in which no text of theirs is live."""
     how = "Each text is the prompt's continuation. Greedy takes the likeliest token, sampled draws with a fixed seed."
-    lines = [f"# Samples: {plain(title)}", "", how, ""]
+    lines = [f"# Samples: {markdown(title)}", "", how, ""]
     for number, prompt in enumerate(content["prompts"]):
         lines += [f"## Prompt {number + 1}", "", *_code(prompt), ""]
         for decoding in ("greedy", "sampled"):
@@ -228,6 +232,11 @@ def samples_page(title: str, content: dict[str, Any]) -> str:
 def _code(text: str) -> list[str]:
     """An indented code block: Markdown and HTML in it stay text."""
     return [f"    {line}" for line in plain(text).splitlines() or [""]]
+
+
+def markdown(text: str) -> str:
+    """A name as Markdown that shows it and does nothing else: no HTML, no links, no table cells."""
+    return re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(plain(text).replace("\n", " ")))
 
 
 def plain(text: str) -> str:

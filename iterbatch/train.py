@@ -117,11 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments, console)
     except UserError as problem:
-        errors.print(Text("error: ", style="bold red"), Text(str(problem)), sep="")
-        return EXIT_BAD_INPUT
+        _complain(errors, str(problem))
     except OSError as problem:
-        errors.print(Text("error: ", style="bold red"), Text(f"{problem.filename or 'a file'}: {problem.strerror or problem}"), sep="")
-        return EXIT_BAD_INPUT
+        _complain(errors, f"{problem.filename or 'a file'}: {problem.strerror or problem}")
+    return EXIT_BAD_INPUT
+
+
+def _complain(errors: Console, problem: str) -> None:
+    from iterbatch.report import plain  # a message may quote a file
+
+    errors.print(Text("error: ", style="bold red"), Text(plain(problem)), sep="")
 
 
 def _width() -> int | None:
