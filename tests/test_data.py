@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from iterbatch.cache import Documents
 from iterbatch.data_loader import BatchStream, block_order, order_digest, prepare_blocks, prepare_eval
 from iterbatch.documents import Document, detokenize_wikitext, read_corpus, row_text, wikitext_articles
 from iterbatch.errors import DataError
@@ -207,3 +208,27 @@ def test_eval_text_is_whole_documents_up_to_the_cap(tokenizer):
     assert text.words == sum(document.words for document in DOCUMENTS[: text.documents])
     with pytest.raises(DataError, match="no tokens"):
         prepare_eval([], tokenizer, 16)
+
+
+def test_a_long_text_is_handled_in_pieces_and_loses_nothing(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("iterbatch.documents.PIECE", 1000)
+    lines = "".join(f"Line {number} of a text that is longer than a piece.\n" for number in range(200)) + "x" * 2500 + " the end"
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(lines, encoding="utf-8")
+    documents = read_corpus("x", data_dir=tmp_path).splits["train"]
+    assert "".join(document.text for document in documents) == lines
+    assert max(len(document.text) for document in documents) <= 1000
+    assert [document.ends for document in documents] == [False] * (len(documents) - 1) + [True]
+    assert sum(document.bytes for document in documents) == len(lines)
+    blocks = prepare_blocks(documents, tokenizer, 8)
+    assert (blocks == tokenizer.eos_token_id).sum() <= 1  # pieces that go on with each other have none between them
+
+
+def test_documents_on_disk_are_what_they_were():
+    texts = ["plain", "", "café 中文", "\ud800 lone", "a\r\nb\x00"]
+    documents = Documents(Document.of(text, ends=bool(place % 2)) for place, text in enumerate(texts))
+    assert [document.text for document in documents] == texts
+    assert [document.ends for document in documents] == [False, True, False, True, False]
+    view = documents[np.array([3, 0])]
+    assert [document.text for document in view] == [texts[3], texts[0]]
+    assert len(view[1:]) == 1
