@@ -137,6 +137,8 @@ def content(run_dir: Path) -> dict[str, Any]:
             kept[name] = [untimed(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
         elif file.suffix == ".json":
             kept[name] = untimed(json.loads(file.read_text(encoding="utf-8")))
+            if "target_modules" in kept[name]:
+                kept[name]["target_modules"].sort()  # PEFT writes a set
         else:
             kept[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return kept

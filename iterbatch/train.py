@@ -1,5 +1,6 @@
 """The command line: flags to a configuration to a run. ``train.py`` in the root is ``iterbatch train``."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -237,17 +238,17 @@ def _train(arguments: list[str], console: Console) -> int:
             console.print(Text(f"note: {report.plain(note)}"))
         console.print(progress.plan_table(plan, config))
         return 0
-    if not is_main():  # of several processes one talks
-        bench.run(config)
-        return 0
-    listener = progress.RichListener(console, config)
+    talking = is_main()  # of several processes one
+    listener = progress.RichListener(console, config) if talking else None
     try:
-        with listener:
+        with listener or contextlib.nullcontext():
             run_dir = bench.run(config, listener)
     except KeyboardInterrupt as stopped:
-        _say_how_to_go_on(console, getattr(listener, "run_dir", None))
+        if talking:
+            _say_how_to_go_on(console, getattr(listener, "run_dir", None))
         return getattr(stopped, "exit_code", EXIT_INTERRUPTED)
-    progress.print_result(console, report.summarise(report.read_results(run_dir)), run_dir)
+    if talking:
+        progress.print_result(console, report.summarise(report.read_results(run_dir)), run_dir)
     return 0
 
 

@@ -8,10 +8,37 @@ import sys
 
 import pytest
 from conftest import ROOT
+from crash_campaign import content
 
 from iterbatch import bench
-from iterbatch.config import make_config
+from iterbatch.config import LAST, make_config
+from iterbatch.errors import RunError
 from iterbatch.record import BatchRecord, read_records
+
+STOPPING = """
+import sys
+from iterbatch.arm import ArmRun
+from iterbatch.processes import rank
+from iterbatch.train import main
+
+real, places = ArmRun._stop_or_save, [0]
+
+def stopping(run):
+    places[0] += 1
+    if places[0] == 8 and rank() == 1:  # the process that does not write is told to stop
+        run.shared.interrupts.requested = 15
+    real(run)
+
+ArmRun._stop_or_save = stopping
+raise SystemExit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def _two(*command):
+    """Run a script or module in two processes."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return subprocess.run([*launch, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
@@ -24,11 +51,7 @@ def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reus
         shutil.rmtree(tmp_path / "cache" / "activations")
     file = tmp_path / "two.yaml"
     file.write_text(make_config(**shared, batch_size=2).to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "iterbatch", "train"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, "--config", str(file), "--run_name", "two"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
-    )
+    done = _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "two")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Result") == 1  # one process talks
     for strategy in ("abr", "learnable"):
@@ -44,3 +67,22 @@ def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reus
         rows = [json.loads((folder / "summary.json").read_text(encoding="utf-8"))[0] for folder in (one, tmp_path / "two")]
         assert rows[0]["store_gb"] == rows[1]["store_gb"] > 0
         assert rows[0]["flops_saved"] == pytest.approx(rows[1]["flops_saved"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
+def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
+    shared = tiny | {"strategies": ["abr"], "batch_size": 2, "lora_layers": "top:1", "lora_dropout": 0.1, "loss_threshold": 3.0, "save_dir": tmp_path}
+    file, script = tmp_path / "two.yaml", tmp_path / "stopping.py"
+    file.write_text(make_config(**shared).to_yaml(), encoding="utf-8")
+    script.write_text(STOPPING, encoding="utf-8")
+    assert _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "undisturbed").returncode == 0
+    stopped = _two(str(script), "--config", str(file), "--run_name", "disturbed")
+    assert "train --resume" in " ".join(stopped.stdout.split()), stopped.stderr[-2000:]
+    with pytest.raises(RunError, match="made by 2"):
+        bench.run(make_config(**shared, run_name="disturbed", resume=LAST))
+    done = _two("-m", "iterbatch", "train", "--resume", str(tmp_path / "disturbed"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "goes on after 8 passes" in done.stdout
+    expected, found = (content(tmp_path / name) for name in ("undisturbed", "disturbed"))
+    assert [name for name in expected if found.get(name) != expected[name]] == []
