@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from iterbatch import report
 from iterbatch.budget import Allowance, Ledger
@@ -29,11 +30,6 @@ from iterbatch.strategy import make_strategy
 
 PROMPTS, PROMPT_TOKENS = 5, 32
 ROLLBACKS = 3  # of an arm, at most
-_OUT_OF_MEMORY = (
-    "out of memory in a pass of {}, after {} batches. Records and the last checkpoint are kept: free memory and go on by --resume, or start a new "
-    "run with a smaller --batch_size (and more --grad_accum), a smaller --max_length, --gradient_checkpointing, adapters on fewer layers "
-    "(--lora_layers top:N), or --load_in 4bit"
-)
 
 
 class Listener:
@@ -109,12 +105,6 @@ def _prompts(prepared: Prepared) -> list[list[int]]:
     windows = [window.input_ids[1:] for window in prepared.texts["validation"].windows]
     length = min(PROMPT_TOKENS, max(len(ids) for ids in windows) or 1, max(1, prepared.base.context - Sampling().new_tokens))
     return [ids[:length].tolist() for ids in itertools.islice((ids for ids in windows if len(ids) >= length), PROMPTS)]
-
-
-def _out_of_memory(problem: BaseException) -> bool:
-    """Torch has a class for it on GPUs only."""
-    words = str(problem).lower()
-    return isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
 def _figures(samples: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -204,14 +194,7 @@ class ArmRun:
         if training.on_divergence == "rollback":
             self._save()  # there is always one to return to
         while self.progress.stopped is None:
-            try:
-                reason = fit(
-                    self.strategy, self.stream, self.step, self.ledger, self.allowance, self, training.evals, training.explosion, self.progress
-                )
-            except (MemoryError, RuntimeError) as problem:
-                if not _out_of_memory(problem):
-                    raise
-                raise RunError(_OUT_OF_MEMORY.format(self.label, self.ledger.batches)) from problem
+            reason = fit(self.strategy, self.stream, self.step, self.ledger, self.allowance, self, training.evals, training.explosion, self.progress)
             if reason is None:
                 break
             if training.on_divergence == "stop" or self.ledger.rollbacks >= ROLLBACKS or not self._roll_back(reason):
@@ -308,8 +291,11 @@ class ArmRun:
         self._keep_score(test, "test", 1.0)
         if not self.accelerator.is_main_process:
             return
-        with whole_or_not(self.folder / "adapter") as scratch:
-            self.model.save_pretrained(scratch)
+        try:
+            with whole_or_not(self.folder / "adapter") as scratch:
+                self.model.save_pretrained(scratch)
+        except SafetensorError as problem:  # what safetensors makes of a full disk
+            raise RunError(f"{self.folder / 'adapter'} could not be written ({problem}); make room and go on by --resume") from problem
         samples = self.shared.sample()
         prompts = [self.prepared.base.tokenizer.decode(prompt) for prompt in self.shared.prompts]
         content = {"prompts": prompts, "base": self.shared.samples, "trained": samples}

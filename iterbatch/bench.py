@@ -15,12 +15,20 @@ from iterbatch.arm import ArmRun, Listener, Shared
 from iterbatch.config import BenchConfig
 from iterbatch.cut import CutModel, compiled
 from iterbatch.data_loader import order_digest, tokenizer_digest
+from iterbatch.errors import RunError
 from iterbatch.interrupt import Interrupts
 from iterbatch.model import PRECISION, load_model
 from iterbatch.prepare import Plan, Prepared, make_plan, prepare
 from iterbatch.processes import from_main, is_main, make_accelerator
 from iterbatch.record import environment, write_json
 from iterbatch.reuse import open_reuse
+
+OUT_OF_MEMORY = (
+    "out of memory. Records and the last checkpoint are kept: free memory and go on by --resume, or start a new run with a smaller --batch_size (and "
+    "more --grad_accum), a smaller --max_length or --eval_batch_size, --gradient_checkpointing, adapters on fewer layers (--lora_layers top:N), or "
+    "--load_in 4bit"
+)
+
 
 # --------------------------------------------------------------------------------------------------------------------------------------
 # The manifest
@@ -99,7 +107,18 @@ def _run(prepared: Prepared, model: Any, accelerator: Any, listener: Listener, r
         if accelerator.is_main_process and not (run_dir / "manifest.json").exists():
             write_json(run_dir / "manifest.json", {**_manifest(prepared, plan), "compile_seconds": cold_start})
         listener.planned(plan, run_dir)
-        _train_arms(Shared(prepared, plan, model, placed, reuse, accelerator, interrupts), listener, run_dir)
+        try:
+            _train_arms(Shared(prepared, plan, model, placed, reuse, accelerator, interrupts), listener, run_dir)
+        except (MemoryError, RuntimeError) as problem:
+            if not _out_of_memory(problem):
+                raise
+            raise RunError(OUT_OF_MEMORY) from problem
+
+
+def _out_of_memory(problem: BaseException) -> bool:
+    """Torch has a class for it on GPUs only."""
+    words = str(problem).lower()
+    return isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
 def _train_arms(shared: Shared, listener: Listener, run_dir: Path) -> None:

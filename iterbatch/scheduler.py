@@ -157,8 +157,8 @@ class GainLearner:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": self.random.bit_generator.state,
-            "recent": list(self.recent),
-            "probes": [list(probe) for probe in self.probes],
+            "recent": np.array(self.recent),  # arrays: a checkpoint may copy this state before every batch
+            "probes": np.array(self.probes, dtype=np.float64).reshape(-1, 4),
             "numbers": {"seen": self.seen, "gain": self.gain, "cost": self.cost, "_scale": self._scale},
             "margin": [margin if math.isfinite(margin) else None for margin in self._margin.tolist()],
         }
@@ -168,8 +168,8 @@ class GainLearner:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.bit_generator.state = state["random"]
-        self.recent = deque(state["recent"], maxlen=RECENT)
-        self.probes = deque(((a, b, int(k), d) for a, b, k, d in state["probes"]), maxlen=MEMORY)
+        self.recent = deque(state["recent"].tolist(), maxlen=RECENT)
+        self.probes = deque(((a, b, int(k), d) for a, b, k, d in state["probes"].tolist()), maxlen=MEMORY)
         vars(self).update(state["numbers"])
         self._margin = np.array([math.inf if margin is None else margin for margin in state["margin"]])
 

@@ -352,7 +352,7 @@ def test_out_of_memory_says_what_to_lower_and_loses_nothing(quick, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(CutModel, "forward", greedy)
-        with pytest.raises(RunError, match=r"after \d batches.*--batch_size .*--gradient_checkpointing.*--lora_layers top:N"):
+        with pytest.raises(RunError, match=r"out of memory.*--batch_size .*--gradient_checkpointing.*--lora_layers top:N"):
             quick("run", **flags)
     found = content(quick("run", resume=LAST, **flags))
     assert [name for name in expected if found.get(name) != expected[name]] == []
