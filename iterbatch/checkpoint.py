@@ -212,6 +212,8 @@ class Checkpoints:
         number = _number(files[-1]) + 1 if files else 1
         try:
             write_state(self.folder / f"checkpoint-{number:06d}.safetensors", state)
+        except TypeError as problem:
+            raise RunError(f"no checkpoint can be made: {problem}") from problem
         except (OSError, SafetensorError) as problem:
             if not self._unwritable:
                 self._warn(f"no checkpoint could be written to {self.folder} ({problem}); training goes on, the one before stays")

@@ -60,10 +60,14 @@ def test_a_state_comes_back_from_its_file_as_it_was(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
 
 
-def test_a_state_that_cannot_be_kept_is_refused():
+def test_a_state_that_cannot_be_kept_is_refused(tmp_path):
     with pytest.raises(TypeError, match="holds a function; allowed are numbers"):
         pack({"rule": lambda: 1}, {})
     assert unpack(pack((1, (2.0,)), {}), {}) == [1, [2.0]]
+    checkpoints, part = _checkpoints(tmp_path, [])
+    part.value = object()
+    with pytest.raises(RunError, match="no checkpoint can be made: a state_dict holds a object"):
+        checkpoints.save()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut short", "empty", "noise", "another format"])
