@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from iterbatch import report
 from iterbatch.budget import Allowance, Ledger
-from iterbatch.checkpoint import Checkpoints, Every, RandomStates
+from iterbatch.checkpoint import Checkpoints, Every, RandomStates, remove_checkpoints
 from iterbatch.cut import CutModel
 from iterbatch.errors import RunError
 from iterbatch.evaluate import Score, score
@@ -339,5 +339,5 @@ class ArmRun:
             "stopped": self.progress.stopped,
         }
         write_json(self.folder / "result.json", result)
-        self.checkpoints.remove()
+        remove_checkpoints(self.folder)
         self.listener.arm_done(result)

@@ -12,6 +12,7 @@ from typing import Any
 
 from iterbatch import folder, report
 from iterbatch.arm import ArmRun, Listener, Shared
+from iterbatch.checkpoint import remove_checkpoints
 from iterbatch.config import BenchConfig
 from iterbatch.cut import CutModel, compiled
 from iterbatch.data_loader import order_digest, tokenizer_digest
@@ -128,6 +129,8 @@ def _train_arms(shared: Shared, listener: Listener, run_dir: Path) -> None:
             arm = run_dir / strategy / f"seed{seed}"
             if from_main((arm / "result.json").exists()):
                 listener.note(f"{strategy}, seed {seed}: finished before, kept")
+                if shared.accelerator.is_main_process:
+                    remove_checkpoints(arm)  # where the run was killed between the two
             else:
                 ArmRun(shared, listener, arm).train(strategy, seed)
             if shared.accelerator.is_main_process:

@@ -208,7 +208,7 @@ class Checkpoints:
         state = {"at_start": self._start, "live": {name: part.state_dict() for name, part in self.live.items()}}
         if not is_main():
             return
-        files = self.files()
+        files = checkpoint_files(self.folder)
         number = _number(files[-1]) + 1 if files else 1
         try:
             write_state(self.folder / f"checkpoint-{number:06d}.safetensors", state)
@@ -229,7 +229,7 @@ class Checkpoints:
         Returns:
             False where there is none. Parts may then hold anything.
         """
-        return any(agreed(self._restore(file)) for file in reversed(from_main(self.files())))
+        return any(agreed(self._restore(file)) for file in reversed(from_main(checkpoint_files(self.folder))))
 
     def _restore(self, file: Path) -> bool:
         try:
@@ -244,14 +244,16 @@ class Checkpoints:
         self._start = state["at_start"]
         return True
 
-    def files(self) -> list[Path]:
-        """The checkpoints, oldest first: by their numbers, whatever the clock said."""
-        return sorted((file for file in self.folder.glob("checkpoint-*.safetensors") if file.stem[11:].isdecimal()), key=_number)
 
-    def remove(self) -> None:
-        """The arm is finished: what it leaves is its adapter."""
-        for file in self.files():
-            file.unlink()
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints of an arm, oldest first: by their numbers, whatever the clock said."""
+    return sorted((file for file in folder.glob("checkpoint-*.safetensors") if file.stem[11:].isdecimal()), key=_number)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """An arm is finished: what it leaves is its adapter."""
+    for file in checkpoint_files(folder):
+        file.unlink()
 
 
 def _number(file: Path) -> int:

@@ -17,7 +17,17 @@ from filelock import FileLock
 
 from iterbatch import arm, bench, plots
 from iterbatch.arm import ArmRun, Listener
-from iterbatch.checkpoint import Checkpoints, Every, RandomStates, pack, read_state, unpack, write_state
+from iterbatch.checkpoint import (
+    Checkpoints,
+    Every,
+    RandomStates,
+    checkpoint_files,
+    pack,
+    read_state,
+    remove_checkpoints,
+    unpack,
+    write_state,
+)
 from iterbatch.config import LAST, make_config
 from iterbatch.cut import CutModel
 from iterbatch.errors import RunError
@@ -98,19 +108,19 @@ def test_two_are_kept_and_a_damaged_one_gives_way_to_the_one_before(tmp_path):
     checkpoints, part = _checkpoints(tmp_path, warned)
     for part.value in range(12):
         checkpoints.save()
-    assert [file.name for file in checkpoints.files()] == ["checkpoint-000011.safetensors", "checkpoint-000012.safetensors"]
+    assert [file.name for file in checkpoint_files(tmp_path)] == ["checkpoint-000011.safetensors", "checkpoint-000012.safetensors"]
     assert checkpoints.restore()
     assert part.value == 11
-    last = checkpoints.files()[-1]
+    last = checkpoint_files(tmp_path)[-1]
     last.write_bytes(last.read_bytes()[:-1])
     assert checkpoints.restore()
     assert (part.value, len(warned)) == (10, 1)
     assert "checkpoint-000012.safetensors cannot be used" in warned[0]
-    checkpoints.files()[0].write_bytes(b"")
+    checkpoint_files(tmp_path)[0].write_bytes(b"")
     assert not checkpoints.restore()
     checkpoints.save()
     assert checkpoints.restore()
-    checkpoints.remove()
+    remove_checkpoints(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -286,6 +296,10 @@ def test_an_arm_whose_checkpoints_are_damaged_starts_anew_and_says_so(quick, mon
         file.write_bytes(file.read_bytes()[:-20])
     listener = Notes()
     found = content(quick("run", listener, resume=LAST, **flags))
+    assert not list((_folder(quick) / "run/abr/seed0").glob("checkpoint-*"))
+    (_folder(quick) / "run/abr/seed0/checkpoint-000099.safetensors").touch()  # left by a kill after the result was there
+    quick("run", resume=LAST, **flags)
+    assert not list((_folder(quick) / "run/abr/seed0").glob("checkpoint-*"))
     assert sum("cannot be used" in note for note in listener.notes) == 2
     assert [name for name in expected if found.get(name) != expected[name]] == []
 
