@@ -1,9 +1,9 @@
 """One arm: one strategy with one seed, trained, evaluated, and its records left in its folder."""
 
 import dataclasses
-import itertools
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from iterbatch import report
+from iterbatch import memory, report
 from iterbatch.budget import Allowance, Ledger
 from iterbatch.checkpoint import Checkpoints, Every, RandomStates, remove_checkpoints
 from iterbatch.cut import CutModel
@@ -23,12 +23,24 @@ from iterbatch.loop import Progress, fit
 from iterbatch.model import copy_adapter, flop_model, reset_adapter, set_adapter
 from iterbatch.prepare import Plan, Prepared, make_stream
 from iterbatch.processes import from_main
-from iterbatch.record import BatchRecord, EvalRecord, RecordWriter, peak_memory_mb, reset_peak_memory, whole_or_not, write_json, write_text
+from iterbatch.record import (
+    BatchRecord,
+    EvalRecord,
+    RecordWriter,
+    peak_memory_mb,
+    read_records,
+    reset_peak_memory,
+    whole_or_not,
+    write_json,
+    write_text,
+)
 from iterbatch.reuse import Prefetch, Reuse
 from iterbatch.step import StepSettings, TrainingStep, make_optimizer
 from iterbatch.strategy import make_strategy
+from iterbatch.study import Arm
 
-PROMPTS, PROMPT_TOKENS = 5, 32
+PROMPT_TOKENS = 32
+TOGETHER = 64  # prompts continued at once
 ROLLBACKS = 3  # of an arm, at most
 
 
@@ -94,17 +106,24 @@ class Shared:
         for name, greedy in (("greedy", True), ("sampled", False)):
             if self.accelerator.num_processes == 1:
                 self.between()
-            with self.accelerator.autocast():
-                tokens = generate(self.model, self.prompts, tokenizer, Sampling(), greedy=greedy)
+            tokens: list[list[int]] = []
+            for start in range(0, len(self.prompts), TOGETHER):
+                with self.accelerator.autocast():
+                    tokens += generate(self.model, self.prompts[start : start + TOGETHER], tokenizer, Sampling(seed=start), greedy=greedy)
             result[name] = {"texts": [tokenizer.decode(text) for text in tokens], **text_metrics(tokens)}
         return result
 
 
 def _prompts(prepared: Prepared) -> list[list[int]]:
-    """The openings of the first validation documents that are long enough, all of one length."""
+    """Stretches of validation text, all of one length: openings of documents first, then places further in, evenly spread."""
+    wanted = prepared.config.training.prompts
     windows = [window.input_ids[1:] for window in prepared.texts["validation"].windows]
     length = min(PROMPT_TOKENS, max(len(ids) for ids in windows) or 1, max(1, prepared.base.context - Sampling().new_tokens))
-    return [ids[:length].tolist() for ids in itertools.islice((ids for ids in windows if len(ids) >= length), PROMPTS)]
+    places = [ids[start : start + length].tolist() for ids in windows for start in range(0, len(ids) - length + 1, 2 * length)]
+    openings = [ids[:length].tolist() for ids in windows if len(ids) >= length]
+    if len(openings) >= wanted:
+        return openings[:wanted]
+    return [places[round(index * (len(places) - 1) / max(1, wanted - 1))] for index in range(wanted)] if len(places) >= wanted else places
 
 
 def _figures(samples: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -121,36 +140,40 @@ class ArmRun:
         self._batches: RecordWriter | None = None
         self._evals: RecordWriter | None = None
 
-    def train(self, strategy: str, seed: int) -> None:
-        """Train the arm to its end."""
-        self.label = f"{strategy}/seed{seed}"
+    def train(self, arm: Arm, seed: int) -> None:
+        """Train the arm to its end.
+
+        Raises:
+            RunError: where the arm that it is made from, or that sets its budget, is not finished.
+        """
+        self.arm, self.seed, self.label = arm, seed, f"{arm.name}/seed{seed}"
         reset_peak_memory()
         before = self.shared.between
-        self.listener.arm_started(strategy, seed)
-        begun = from_main(self.folder.exists())
-        self._make(strategy, seed)
+        self.listener.arm_started(arm.name, seed)
+        begun = from_main((self.folder / "batches.jsonl").exists())
+        self._make()
         try:
             if begun and self.checkpoints.restore():
-                self.listener.note(f"{strategy}, seed {seed}: goes on after {self.ledger.passes} passes on {self.ledger.batches} batches")
+                self.listener.note(f"{arm.name}, seed {seed}: goes on after {self.ledger.passes} passes on {self.ledger.batches} batches")
             else:
                 if begun:  # cut off before its first checkpoint: starts anew
                     self._close()
                     if self.accelerator.is_main_process:
                         shutil.rmtree(self.folder)
-                    self._make(strategy, seed)
+                    self._make()
                 self.checkpoints.begin()
             self.shared.between = self._stop_or_save
             self._fit()
-            self._finish(strategy, seed)
+            self._finish()
         finally:
             self.shared.between = before
             self._close()
 
     # -- its parts ---------------------------------------------------------------------------------------------------------------------
 
-    def _make(self, strategy: str, seed: int) -> None:
+    def _make(self) -> None:
         """Everything the arm consists of, as at its start."""
-        config, accelerator = self.prepared.config, self.accelerator
+        config, seed, accelerator = self.arm.config, self.seed, self.accelerator
         reset_adapter(self.model, seed)
         self.shared.cut.train()
         optimizer = accelerator.prepare_optimizer(make_optimizer(self.model, config.lr, config.training.weight_decay))
@@ -158,9 +181,12 @@ class ArmRun:
         flops = flop_model(self.model, config.model.gradient_checkpointing)
         settings = StepSettings(config.lr, config.training.warmup, config.training.clip_norm, config.speed.reuse != "off")
         source, placed = self.shared.reuse.sources["train"], self.shared.placed
-        self.step = TrainingStep(placed, optimizer, accelerator, flops, self.ledger, self.allowance, settings, source, self._stop_or_save)
-        self.stream = Prefetch(make_stream(self.prepared, seed, accelerator.process_index, accelerator.num_processes), source)
-        self.strategy = make_strategy(strategy, config.strategy, seed)
+        stream = make_stream(self.prepared, seed, accelerator.process_index, accelerator.num_processes)
+        hooks = (self._stop_or_save, stream.batch)
+        self.step = TrainingStep(placed, optimizer, accelerator, flops, self.ledger, self.allowance, settings, source, *hooks)
+        self.stream = Prefetch(stream, source)
+        made_from = None if self.arm.source is None else [record.repeats_done for record in self._records_of(self.arm.source)]
+        self.strategy = make_strategy(self.arm.strategy, config.strategy, seed, made_from)
         self.every = Every(config.run.checkpoint_every)
         if accelerator.is_main_process:
             self._batches, self._evals = RecordWriter(self.folder / "batches.jsonl"), RecordWriter(self.folder / "evals.jsonl")
@@ -173,6 +199,14 @@ class ArmRun:
             live["scaler"] = accelerator.scaler
         self.checkpoints = Checkpoints(self.folder, at_start, live, self.listener.note)
 
+    def _memorised(self) -> dict[str, Any] | None:
+        """See :mod:`iterbatch.memory`; the records are read back, so an arm that was gone on with counts all its passes."""
+        if self.accelerator.num_processes > 1:  # each process would see its own rows only
+            return None
+        passes = memory.passes_of_blocks(read_records(self.folder / "batches.jsonl", BatchRecord), self.stream.stream)
+        training, cut = self.prepared.config.training, self.shared.cut
+        return memory.compare(cut, self.model, self.prepared.blocks, passes, self.accelerator, training.eval_batch_size)
+
     def _close(self) -> None:
         for writer in (self._batches, self._evals):
             if writer is not None:
@@ -181,9 +215,27 @@ class ArmRun:
         self.accelerator.free_memory()  # forgets this arm's optimizer
 
     def _allowance(self) -> Allowance:
-        unit, passes = self.prepared.config.training.match, self.plan.batches
-        amount, last = {"epochs": (float(passes), 1.0), "flops": (self.plan.flops, self.plan.last_pass_flops)}[unit]
-        return Allowance(unit, amount, passes, last)
+        training, plan = self.prepared.config.training, self.plan
+        unit, passes = training.match, plan.batches
+        if unit == "seconds" and training.budget is None and self.arm.strategy == "baseline":
+            unit = "epochs"  # its seconds are what the others may spend
+        amounts = {"epochs": passes, "flops": plan.flops, "updates": passes, "tokens": plan.tokens}
+        amount = training.budget or (amounts[unit] if unit in amounts else self._baseline_seconds())
+        last = {"epochs": 1.0, "updates": 1.0, "flops": plan.last_pass_flops}.get(unit, 0.0)
+        return Allowance(unit, float(amount), max(1, round(passes * amount / amounts.get(unit, amount))), last)
+
+    def _baseline_seconds(self) -> float:
+        return report.read_result(self._finished("baseline"))["train_seconds"]
+
+    def _records_of(self, arm: str) -> Iterator[BatchRecord]:
+        return read_records(self._finished(arm) / "batches.jsonl", BatchRecord)
+
+    def _finished(self, arm: str) -> Path:
+        """The folder of another arm of this seed."""
+        folder = self.folder.parent.parent / arm / self.folder.name
+        if not (folder / "result.json").is_file():
+            raise RunError(f"{self.label} is made from {arm}/{self.folder.name}, which is not finished; train that arm first")
+        return folder
 
     # -- training and checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -267,7 +319,10 @@ class ArmRun:
             tokens_trained=ledger.tokens_trained,
             flops=ledger.flops,
             train_seconds=ledger.train_seconds,
-            **dataclasses.asdict(result),
+            nats=result.nats,
+            tokens=result.tokens,
+            words=result.words,
+            bytes=result.bytes,
             ppl=result.ppl,
             word_ppl=result.word_ppl,
             byte_ppl=result.byte_ppl,
@@ -284,8 +339,9 @@ class ArmRun:
 
     # -- what it leaves ----------------------------------------------------------------------------------------------------------------
 
-    def _finish(self, strategy: str, seed: int) -> None:
+    def _finish(self) -> None:
         """Score the end, write adapter and samples, and at last the result, which marks the arm as finished."""
+        strategy, seed = self.arm.name, self.seed
         memory = peak_memory_mb()
         validation, test = self.shared.score("validation"), self.shared.score("test")
         self._keep_score(test, "test", 1.0)
@@ -296,6 +352,8 @@ class ArmRun:
                 self.model.save_pretrained(scratch)
         except SafetensorError as problem:  # what safetensors makes of a full disk
             raise RunError(f"{self.folder / 'adapter'} could not be written ({problem}); make room and go on by --resume") from problem
+        scores = {"validation": validation, "test": test}
+        write_json(self.folder / "documents.json", {split: {"tokens": s.document_tokens, "nats": s.document_nats} for split, s in scores.items()})
         samples = self.shared.sample()
         prompts = [self.prepared.base.tokenizer.decode(prompt) for prompt in self.shared.prompts]
         content = {"prompts": prompts, "base": self.shared.samples, "trained": samples}
@@ -334,6 +392,8 @@ class ArmRun:
             "scaler_skips": ledger.scaler_skips,
             "rollbacks": ledger.rollbacks,
             "flops_lost": ledger.flops_lost,
+            "arm": {"strategy": self.arm.strategy, "source": self.arm.source, "lr": self.arm.config.lr},
+            "memorised": self._memorised(),
             "text": _figures(samples),
             "base_text": _figures(self.shared.samples),
             "stopped": self.progress.stopped,

@@ -6,11 +6,12 @@ What lives here: the run's manifest, and one arm after the other. What does not:
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from iterbatch import folder, report
+from iterbatch import folder
 from iterbatch.arm import ArmRun, Listener, Shared
 from iterbatch.checkpoint import remove_checkpoints
 from iterbatch.config import BenchConfig
@@ -23,6 +24,7 @@ from iterbatch.prepare import Plan, Prepared, make_plan, prepare
 from iterbatch.processes import from_main, is_main, make_accelerator
 from iterbatch.record import environment, write_json
 from iterbatch.reuse import open_reuse
+from iterbatch.study import Arm, arms_of
 
 OUT_OF_MEMORY = (
     "out of memory. Records and the last checkpoint are kept: free memory and go on by --resume, or start a new run with a smaller --batch_size (and "
@@ -76,44 +78,51 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
     Raises:
         UserError: before any training, where something the user gave cannot be used.
     """
-    listener = listener or Listener()
+    listener, arms = listener or Listener(), arms_of(config)
     run_dir = from_main(folder.find_folder(config) if is_main() else None)
     prepared = prepare(config)
-    model = load_model(prepared.base, config.model)
-    with folder.hold(run_dir, config) if is_main() else contextlib.nullcontext():
-        accelerator = make_accelerator(PRECISION[prepared.base.dtype], config, run_dir)
-        for message in prepared.corpus.notes:
-            listener.note(f"{prepared.corpus.source}: {message}")
-        try:
-            _run(prepared, model, accelerator, listener, run_dir)
-        finally:
-            if config.run.log_with != ("none",):
-                accelerator.end_training()
+    with folder.hold(run_dir, config) if is_main() else contextlib.nullcontext(), set_up(prepared, run_dir, listener) as shared:
+        for seed in config.training.seeds:
+            for arm in arms:
+                _train(shared, arm, seed, listener, run_dir)
     return run_dir
 
 
-def _run(prepared: Prepared, model: Any, accelerator: Any, listener: Listener, run_dir: Path) -> None:
+@contextlib.contextmanager
+def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Shared]:
+    """Everything that the arms of a run share, ready on the device; the manifest is written.
+
+    Raises:
+        RunError: where what is done with it runs out of memory.
+    """
     config = prepared.config
+    model = load_model(prepared.base, config.model)
+    accelerator = make_accelerator(PRECISION[prepared.base.dtype], config, run_dir)
+    for message in prepared.corpus.notes:
+        listener.note(f"{prepared.corpus.source}: {message}")
     # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients would then not be synchronised.
     placed = accelerator.prepare_model(CutModel(model))
     cut, shape = accelerator.unwrap_model(placed), (config.training.batch_size, config.max_length)
-    with (
-        compiled(placed, accelerator, shape) if config.speed.compile else contextlib.nullcontext(0.0) as cold_start,
-        open_reuse(prepared, cut, accelerator.device, listener.note) as reuse,
-        Interrupts() as interrupts,
-    ):
-        if cold_start:
-            listener.note(f"layers compiled in {cold_start:.0f} s, off every arm's clock")
-        plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
-        if accelerator.is_main_process and not (run_dir / "manifest.json").exists():
-            write_json(run_dir / "manifest.json", {**_manifest(prepared, plan), "compile_seconds": cold_start})
-        listener.planned(plan, run_dir)
-        try:
-            _train_arms(Shared(prepared, plan, model, placed, reuse, accelerator, interrupts), listener, run_dir)
-        except (MemoryError, RuntimeError) as problem:
-            if not _out_of_memory(problem):
-                raise
-            raise RunError(OUT_OF_MEMORY) from problem
+    try:
+        with (
+            compiled(placed, accelerator, shape) if config.speed.compile else contextlib.nullcontext(0.0) as cold_start,
+            open_reuse(prepared, cut, accelerator.device, listener.note) as reuse,
+            Interrupts() as interrupts,
+        ):
+            if cold_start:
+                listener.note(f"layers compiled in {cold_start:.0f} s, off every arm's clock")
+            plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
+            if accelerator.is_main_process and not (run_dir / "manifest.json").exists():
+                write_json(run_dir / "manifest.json", {**_manifest(prepared, plan), "compile_seconds": cold_start})
+            listener.planned(plan, run_dir)
+            yield Shared(prepared, plan, model, placed, reuse, accelerator, interrupts)
+    except (MemoryError, RuntimeError) as problem:
+        if not _out_of_memory(problem):
+            raise
+        raise RunError(OUT_OF_MEMORY) from problem
+    finally:
+        if config.run.log_with != ("none",):
+            accelerator.end_training()
 
 
 def _out_of_memory(problem: BaseException) -> bool:
@@ -122,16 +131,11 @@ def _out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
-def _train_arms(shared: Shared, listener: Listener, run_dir: Path) -> None:
-    config = shared.prepared.config
-    for seed in config.training.seeds:
-        for strategy in config.strategy.strategies:
-            arm = run_dir / strategy / f"seed{seed}"
-            if from_main((arm / "result.json").exists()):
-                listener.note(f"{strategy}, seed {seed}: finished before, kept")
-                if shared.accelerator.is_main_process:
-                    remove_checkpoints(arm)  # where the run was killed between the two
-            else:
-                ArmRun(shared, listener, arm).train(strategy, seed)
-            if shared.accelerator.is_main_process:
-                report.write(run_dir)
+def _train(shared: Shared, arm: Arm, seed: int, listener: Listener, run_dir: Path) -> None:
+    where = run_dir / arm.name / f"seed{seed}"
+    if from_main((where / "result.json").exists()):
+        listener.note(f"{arm.name}, seed {seed}: finished before, kept")
+        if shared.accelerator.is_main_process:
+            remove_checkpoints(where)  # where the run was killed between the two
+    else:
+        ArmRun(shared, listener, where).train(arm, seed)

@@ -239,15 +239,21 @@ class Allowance:
 
     def exhausted(self, ledger: Ledger) -> bool:
         """Whether less than half of the baseline's last pass is left: the arm ends at the pass nearest to its allowance."""
-        return self.spent(ledger) > self.amount - 0.5 * (self.last_pass or self.amount / self.baseline_passes)
+        return self.spent(ledger) > self.amount - 0.5 * (self.last_pass or self._pass(ledger))
 
     def schedule_fraction(self, ledger: Ledger) -> float:
         """Fraction at the middle of the coming pass: where on its schedule the learning rate stands, above 0 and at most 1."""
-        return min(1.0, self.fraction(ledger) + 0.5 / self.baseline_passes)
+        return min(1.0, self.fraction(ledger) + 0.5 * self._pass(ledger) / self.amount)
+
+    def _pass(self, ledger: Ledger) -> float:
+        """An average pass, in the unit: the baseline's; in seconds this arm's own, as soon as it has made one."""
+        if self.unit == "seconds" and ledger.passes:
+            return ledger.train_seconds / ledger.passes
+        return self.amount / self.baseline_passes
 
     def affords(self, ledger: Ledger, repeat_flops: float, label_tokens: int) -> bool:
         """Whether one more repeat fits into what is left. Counted in epochs a repeat is free: that is the original experiment's budget."""
         if self.unit == "epochs":
             return True
-        price = {"flops": repeat_flops, "updates": 1, "tokens": label_tokens, "seconds": 0.0}[self.unit]
+        price = {"flops": repeat_flops, "updates": 1, "tokens": label_tokens, "seconds": self._pass(ledger)}[self.unit]
         return self.spent(ledger) + price <= self.amount

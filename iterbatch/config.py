@@ -21,6 +21,7 @@ DEFAULT_LENGTH = 512  # tokens a block
 ASSETS = Path(__file__).parent / "assets" / "base"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "none")
+PATHS = ("data_dir", "save_dir")
 LAST = Path("last")  # what --resume without a folder stands for
 NOT_SAVED = ("config", "run_name", "resume", "overwrite", "dry_run", "trust_remote_code")  # they belong to one invocation, not to the experiment
 
@@ -89,8 +90,10 @@ class TrainingConfig:
     """AdamW's decoupled weight decay on the adapters; >= 0."""
     clip_norm: float = 1.0
     """Largest gradient norm of an update; > 0."""
-    match: Literal["epochs", "flops"] = "epochs"
-    """What every arm may spend: the same epochs (cost differs), or the FLOPs that the baseline needs for --epochs."""
+    match: Literal["epochs", "flops", "updates", "tokens", "seconds"] = "epochs"
+    """What every arm may spend: the same epochs (cost differs), or what the baseline needs for --epochs in one of the other units."""
+    budget: float | None = None
+    """Amount of --match's unit (FLOPs, updates, trained tokens or seconds) for every arm instead; > 0. Not with --match epochs."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of adapter weights and data order, one run of every strategy each; >= 0."""
     evals: int = 4
@@ -99,6 +102,8 @@ class TrainingConfig:
     """An arm that diverges: stop it, or return to its last checkpoint with half the learning rate, three times at most."""
     explosion: float = 2.0
     """Ten batches in a row with a loss this many nats above the first batches' mean count as diverged, as do ten not finite; > 0."""
+    prompts: int = 5
+    """Prompts from validation that every arm continues at its end, greedy and sampled; >= 1. iterbatch compare: 200."""
     eval_batch_size: int = 8
     """Windows scored together; >= 1. Does not change results."""
 
@@ -122,15 +127,18 @@ class StrategyConfig:
     """The strategies and their knobs."""
 
     strategies: tuple[str, ...] = ("baseline", "abr", "learnable", "window")
-    """Strategies to compare: baseline, abr, learnable, window."""
+    """Strategies to compare: baseline, abr, learnable, window; controls: fixed, permuted, random, inverse, excess, scaled_lr, higher_lr, weighted,
+    spaced, small_batches, selective."""
     loss_threshold: float = 2.0
     """Initial loss, in nats a token, above which abr repeats and window calls the level high; > 0."""
     max_repeats: int | None = None
-    """abr and learnable: most passes a batch, the first included; window: most extra passes; >= 1. Default: 5, window 1."""
+    """Most passes a batch, the first included; window: most extra passes; fixed: all its passes; >= 1. Default: 5, window 1, fixed 2."""
     window_size: int = 5
     """Initial losses that window looks back on; >= 2."""
     probe_rate: float = 0.1
     """Share of batches whose last pass learnable measures on the next fresh batch; 0 <= p <= 1."""
+    source: str = "abr"
+    """Arm whose passes permuted, random, higher_lr and small_batches are made from; it must come before them."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,8 @@ def make_config(**values: Any) -> BenchConfig:
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"unknown setting '{name}'{did_you_mean(name, known)}")
-        groups.setdefault(known[name], {})[name] = tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else value
+        groups.setdefault(known[name], {})[name] = Path(value) if name in PATHS and isinstance(value, str) else value
     parts = {group.name: group.default_factory(**groups.get(group.name, {})) for group in dataclasses.fields(BenchConfig)}  # pyright: ignore
     config = BenchConfig(**parts)
     check(config)
@@ -264,6 +273,7 @@ def _range_problems(config: BenchConfig) -> list[str]:
         ("grad_accum", training.grad_accum, 1),
         ("weight_decay", training.weight_decay, 0),
         ("evals", training.evals, 1),
+        ("prompts", training.prompts, 1),
         ("eval_batch_size", training.eval_batch_size, 1),
         ("max_repeats", strategy.max_repeats, 1),
         ("window_size", strategy.window_size, 2),
@@ -275,6 +285,7 @@ def _range_problems(config: BenchConfig) -> list[str]:
         ("loss_threshold", strategy.loss_threshold),
         ("reuse_limit_gb", config.speed.reuse_limit_gb),
         ("explosion", training.explosion),
+        ("budget", training.budget),
     ]
     problems = [f"--{name} is {value}; it must be at least {low}" for name, value, low in at_least if value is not None and not value >= low]
     problems += [
@@ -286,6 +297,8 @@ def _range_problems(config: BenchConfig) -> list[str]:
     problems += [f"--{name} is {value}; it must be at least 0 and below 1" for name, value in shares if not 0 <= value < 1]
     if not 0 <= strategy.probe_rate <= 1:
         problems.append(f"--probe_rate is {strategy.probe_rate}; it must be from 0 to 1")
+    if training.budget is not None and training.match == "epochs":
+        problems.append("--budget needs a unit: give --match flops, updates, tokens or seconds with it, or --epochs without it")
     if data.max_train_tokens is not None and 0 < data.max_train_tokens < config.max_length:
         problems.append(f"--max_train_tokens is {data.max_train_tokens}; it must be at least one block of --max_length {config.max_length}")
     return problems
@@ -299,6 +312,7 @@ def _choice_problems(config: BenchConfig) -> list[str]:
     problems += [
         f"unknown strategy '{name}'; choose from {', '.join(STRATEGIES)}{did_you_mean(name, STRATEGIES)}" for name in names if name not in STRATEGIES
     ]
+    problems += _source_problems(config, list(names))
     for label, values in (("strategies", names), ("seeds", seeds), ("lora_targets", config.model.lora_targets)):
         if not values:
             problems.append(f"--{label} is empty; give at least one")
@@ -322,6 +336,22 @@ def _choice_problems(config: BenchConfig) -> list[str]:
         Every(config.run.checkpoint_every)
     except ValueError as problem:
         problems.append(f"--checkpoint_every is {problem}")
+    return problems
+
+
+def _source_problems(config: BenchConfig, names: list[str]) -> list[str]:
+    """Arms that come before those they are made from."""
+    from iterbatch.strategy import STRATEGIES
+
+    source, problems = config.strategy.source, []
+    before: set[str] = set()
+    for name in names:
+        if name in STRATEGIES and STRATEGIES[name].needs_source and source not in before:
+            problems.append(f"'{name}' is made from the passes of --source '{source}', which does not come before it; add '{source}' in front")
+        before.add(name)
+    training = config.training
+    if training.match == "seconds" and training.budget is None and names[:1] != ["baseline"]:
+        problems.append("--match seconds gives every arm what the baseline took: let 'baseline' come first, or give --budget in seconds")
     return problems
 
 

@@ -89,6 +89,31 @@ class Batch:
         """(rows over all processes, length) of each micro-batch: what the FLOP model needs to know."""
         return [(micro.rows_in_all or micro.input_ids.shape[0], micro.input_ids.shape[1]) for micro in self.micro_batches]
 
+    @property
+    def rows(self) -> int:
+        """Blocks in it, on this process."""
+        return sum(len(micro.input_ids) for micro in self.micro_batches)
+
+    def part(self, number: int, parts: int) -> "Batch":
+        """One of ``parts`` shares of its rows, in their order, no two of which differ by more than a row; micro-batches as large as before.
+
+        With several processes each takes that share of its own rows; one that has none is given an unlabelled row for company.
+        """
+        ids, labels = (torch.cat([getattr(micro, name) for micro in self.micro_batches]) for name in ("input_ids", "labels"))
+        blocks = [block for micro in self.micro_batches for block in (micro.blocks or [None] * len(micro.input_ids))]
+        in_all = len(np.array_split(np.arange(sum(rows for rows, _ in self.shapes)), parts)[number])
+        share, size = np.array_split(np.arange(len(ids)), parts)[number], len(self.micro_batches[0].input_ids)
+        if not len(share):
+            nothing = torch.full_like(labels[:1], IGNORED)
+            return dataclasses.replace(self, micro_batches=(MicroBatch(ids[:1], nothing, blocks=(), rows_in_all=in_all),))
+        pieces = []
+        for start in range(0, len(share), size):
+            rows = share[start : start + size]
+            names = tuple(blocks[row] for row in rows)
+            whole = round(in_all * len(rows) / len(share))
+            pieces.append(MicroBatch(ids[rows], labels[rows], blocks=None if None in names else names, rows_in_all=whole))
+        return dataclasses.replace(self, micro_batches=tuple(pieces))
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         return dataclasses.replace(self, micro_batches=tuple(micro.to(device) for micro in self.micro_batches))
@@ -223,12 +248,20 @@ class BatchStream:
 
     def __next__(self) -> Batch:
         """The next batch; advances the cursor."""
-        epoch, position = divmod(self.cursor, self.batches_per_epoch)
-        rows = self._epoch_order(epoch)[position * self.batch_rows : (position + 1) * self.batch_rows]
-        micro_batches = tuple(self._micro_batch(rows[start : start + self.micro_rows]) for start in range(0, len(rows), self.micro_rows))
-        batch = Batch(micro_batches, index=self.cursor, epoch=epoch)
+        batch = self.batch(self.cursor)
         self.cursor += 1
         return batch
+
+    def batch(self, index: int) -> Batch:
+        """Any batch, by its position counted over all epochs."""
+        rows = self.rows_of(index)
+        micro_batches = tuple(self._micro_batch(rows[start : start + self.micro_rows]) for start in range(0, len(rows), self.micro_rows))
+        return Batch(micro_batches, index=index, epoch=index // self.batches_per_epoch)
+
+    def rows_of(self, index: int) -> np.ndarray:
+        """Which blocks a batch has, over all processes."""
+        epoch, position = divmod(index, self.batches_per_epoch)
+        return self._epoch_order(epoch)[position * self.batch_rows : (position + 1) * self.batch_rows]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
@@ -264,6 +297,7 @@ class Window:
     input_ids: np.ndarray  # (length,) int32
     targets: np.ndarray  # (length,) int32
     scored: int
+    document: int = 0  # whose, by position in its text
 
 
 @dataclass(frozen=True)
@@ -274,10 +308,15 @@ class EvalText:
     words: int
     bytes: int
     tokens: int
-    documents: int
+    document_tokens: list[int]  # of each document that has any
+
+    @property
+    def documents(self) -> int:
+        """How many documents are scored."""
+        return len(self.document_tokens)
 
 
-def rolling_windows(ids: Sequence[int], prefix: int, max_length: int) -> Iterator[Window]:
+def rolling_windows(ids: Sequence[int], prefix: int, max_length: int, document: int = 0) -> Iterator[Window]:
     """Cut one document so that every token is scored exactly once.
 
     The arithmetic of lm-evaluation-harness's ``loglikelihood_rolling`` (context of one token, disjoint windows): the first window starts with
@@ -288,7 +327,7 @@ def rolling_windows(ids: Sequence[int], prefix: int, max_length: int) -> Iterato
         scored = min(max_length, len(ids) - done)
         end = done + scored
         start = max(0, end - max_length)
-        yield Window(sequence[start:end], sequence[start + 1 : end + 1], scored)
+        yield Window(sequence[start:end], sequence[start + 1 : end + 1], scored, document)
         done = end
 
 
@@ -299,15 +338,17 @@ def prepare_eval(documents: Sequence[Document], tokenizer: Any, max_length: int,
     """
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     windows: list[Window] = []
-    words = size = tokens = count = 0
+    words = size = tokens = 0
+    lengths: list[int] = []
     for document, ids in zip(documents, tokenize(tokenizer, documents, group=1 << 16), strict=False):
-        windows.extend(rolling_windows(ids, prefix, max_length))
-        words, size, tokens, count = words + document.words, size + document.bytes, tokens + len(ids), count + 1
+        windows.extend(rolling_windows(ids, prefix, max_length, len(lengths)))
+        words, size, tokens = words + document.words, size + document.bytes, tokens + len(ids)
+        lengths += [len(ids)] if ids else []
         if max_tokens is not None and tokens >= max_tokens:
             break
     if not tokens:
         raise DataError("the evaluation text has no tokens; give a validation and a test file with text in them")
-    return EvalText(windows, words, size, tokens, count)
+    return EvalText(windows, words, size, tokens, lengths)
 
 
 def collate(windows: Sequence[Window], pad_id: int, padding_side: str = "right") -> MicroBatch:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ class Score:
     tokens: int
     words: int
     bytes: int
+    document_nats: list[float] = field(default_factory=list)
+    document_tokens: list[int] = field(default_factory=list)
 
     @property
     def ppl(self) -> float:
@@ -77,7 +79,8 @@ def score(
     # Longest first: windows of like length share a batch, and a batch too large for memory fails at once.
     order = sorted(range(len(text.windows)), key=lambda index: -len(text.windows[index].input_ids))
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device if accelerator.device.type != "mps" else "cpu")
+    # One sum a document: comparisons resample documents.
+    nats = torch.zeros(text.documents, dtype=torch.float64, device=accelerator.device if accelerator.device.type != "mps" else "cpu")
     for group in groups[accelerator.process_index :: accelerator.num_processes]:
         between()
         micro = collate([text.windows[index] for index in group], pad_id, padding_side)
@@ -85,7 +88,9 @@ def score(
             micro = dataclasses.replace(micro, blocks=tuple(group))
         with torch.no_grad(), accelerator.autocast():
             micro = micro.to(accelerator.device)
-            nats += model(source.fetch(micro)[0], micro).sum(dtype=torch.float64).to(nats.device)
+            rows = model(source.fetch(micro)[0], micro).sum(dim=1, dtype=torch.float64).to(nats.device)
+        nats.index_add_(0, torch.tensor([text.windows[index].document for index in group], device=nats.device), rows)
         source.settle()
     model.train(training)
-    return Score(float(accelerator.reduce(nats, "sum")), text.tokens, text.words, text.bytes)
+    nats = accelerator.reduce(nats, "sum")
+    return Score(float(nats.sum()), text.tokens, text.words, text.bytes, nats.tolist(), text.document_tokens)

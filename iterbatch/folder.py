@@ -115,8 +115,8 @@ def _check_same_experiment(config: BenchConfig, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path, config: BenchConfig) -> Iterator[None]:
-    """Make the folder, hold it against other processes, and write the configuration into it.
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it against other processes.
 
     The lock is the system's: it ends with its process, however that ends. ``holder.json`` only says who to look for.
 
@@ -130,17 +130,28 @@ def hold(folder: Path, config: BenchConfig) -> Iterator[None]:
     except Timeout as problem:
         raise RunError(f"{folder} is in use by {_holder(folder)}; wait for it to end, or give another --run_name") from problem
     try:
-        if config.run.resume is None:
-            _check_free(folder, config.run.overwrite)  # another run may have begun and ended here in the meantime
-            _empty(folder)
-        sweep(folder)
         write_text(folder / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
-        if not (folder / CONFIG).exists():
-            write_text(folder / CONFIG, config.to_yaml())
         yield
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+@contextlib.contextmanager
+def hold(folder: Path, config: BenchConfig) -> Iterator[None]:
+    """Hold a run's folder, and write the configuration into it.
+
+    Raises:
+        RunError: where another process holds it.
+    """
+    with locked(folder):
+        if config.run.resume is None:
+            _check_free(folder, config.run.overwrite)  # another run may have begun and ended here in the meantime
+            empty(folder)
+        sweep(folder)
+        if not (folder / CONFIG).exists():
+            write_text(folder / CONFIG, config.to_yaml())
+        yield
 
 
 def _holder(folder: Path) -> str:
@@ -151,7 +162,7 @@ def _holder(folder: Path) -> str:
         return "another process"
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
     """Delete a run, its configuration last: until then it is still known for what it is."""
     for entry in sorted(_content(folder), key=lambda entry: entry.name == CONFIG):
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

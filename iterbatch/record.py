@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -35,6 +35,7 @@ class BatchRecord:
     flops: float  # of all its passes and probes
     seconds: float  # train-only
     skipped_updates: int = 0
+    revisited: list[int] = field(default_factory=list)  # earlier batches that got a pass each while this was the current one
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
         raise DataError(f"{path}, line {number}: not a {kind.__name__} ({str(problem)[:200]})") from problem
 
 
-_ALLOWED: dict[Any, Any] = {int: int, float: (int, float), str: str, list[float]: list}  # what JSON may hold for a field's type
+_ALLOWED: dict[Any, Any] = {int: int, float: (int, float), str: str, list[float]: list, list[int]: list}  # what JSON may hold for a field's type
 
 
 def _finite(value: Any) -> Any:

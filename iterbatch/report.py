@@ -26,6 +26,7 @@ COLUMNS = (
 )
 
 
+SHOWN = 5  # samples on a page
 TEXT_METRICS = ("distinct_1", "distinct_2", "rep_4", "mean_length")
 
 
@@ -70,19 +71,25 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: where a result cannot be read.
     """
-    rows = []
-    for file in sorted(run_dir.glob("*/seed*/result.json")):
-        seed = file.parent.name.removeprefix("seed")
-        if not seed.isdecimal():
-            continue
-        try:
-            row = json.loads(file.read_text(encoding="utf-8"))
-            _check_row(row)
-        except (ValueError, TypeError, KeyError, RecursionError) as problem:
-            raise RunError(f"{file} is damaged ({problem!r}); delete its folder and train that arm again with --resume") from problem
-        rows.append(row | {"strategy": file.parent.parent.name, "seed": int(seed)})  # where it lies counts, not what it says
+    files = sorted(run_dir.glob("*/seed*/result.json"))
+    rows = [read_result(file.parent) for file in files if file.parent.name.removeprefix("seed").isdecimal()]
     order = _strategy_order(run_dir)
     return sorted(rows, key=lambda row: (order.get(row["strategy"], len(order)), row["strategy"], row["seed"]))
+
+
+def read_result(arm: Path) -> dict[str, Any]:
+    """The result in the folder of one arm and seed; the folder's names count, not what the result says.
+
+    Raises:
+        RunError: where it cannot be read.
+    """
+    file = arm / "result.json"
+    try:
+        row = json.loads(file.read_text(encoding="utf-8"))
+        _check_row(row)
+    except (ValueError, TypeError, KeyError, RecursionError) as problem:
+        raise RunError(f"{file} is damaged ({problem!r}); delete its folder and train that arm again with --resume") from problem
+    return row | {"strategy": arm.parent.name, "seed": int(arm.name.removeprefix("seed"))}
 
 
 def _check_row(row: Any) -> None:
@@ -214,14 +221,14 @@ def _text_table(summaries: list[StrategySummary]) -> list[str]:
         for decoding in ("greedy", "sampled"):
             values = [statistics.fmean(text[decoding][name] for text in texts) for name in TEXT_METRICS]
             lines.append(f"| {markdown(label)} | {decoding} | " + " | ".join(f"{value:.3f}" for value in values[:3]) + f" | {values[3]:.1f} |")
-    return [*lines, "", "Five prompts an arm: too few for more than a glance."]
+    return [*lines, "", "Five prompts an arm, unless --prompts says more: too few for more than a glance."]
 
 
 def samples_page(title: str, content: dict[str, Any]) -> str:
     """The continuations of the fixed prompts, the base's beside the trained model's, as Markdown in which no text of theirs is live."""
     how = "Each text is the prompt's continuation. Greedy takes the likeliest token, sampled draws with a fixed seed."
     lines = [f"# Samples: {markdown(title)}", "", how, ""]
-    for number, prompt in enumerate(content["prompts"]):
+    for number, prompt in enumerate(content["prompts"][:SHOWN]):
         lines += [f"## Prompt {number + 1}", "", *_code(prompt), ""]
         for decoding in ("greedy", "sampled"):
             for who in ("base", "trained"):

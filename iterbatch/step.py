@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from iterbatch.budget import Allowance, FlopModel, Ledger
+from iterbatch.budget import Allowance, FlopModel, Ledger, Shape
 from iterbatch.cut import CutModel
 from iterbatch.data_loader import Batch, MicroBatch
 from iterbatch.model import adapter_parameters, copy_adapter, set_adapter
@@ -68,6 +69,7 @@ class TrainingStep:
         settings: Learning rate, clipping, reuse.
         source: Of the training text's prefix activations; default: without a store.
         after_pass: Called after each pass, where a checkpoint may be made.
+        batch_at: Any batch of the stream by its index, for batches that were held when a checkpoint was made.
 
     What it has told the strategy about the current batch is part of its state: a batch that was cut off between two passes is given to the
     strategy again, is told the same up to there, and goes on.
@@ -84,6 +86,7 @@ class TrainingStep:
         settings: StepSettings,
         source: PrefixSource | None = None,
         after_pass: Callable[[], None] = lambda: None,
+        batch_at: Callable[[int], Batch] | None = None,
     ) -> None:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.flop_model, self.ledger, self.allowance, self.settings = flop_model, ledger, allowance, settings
@@ -92,17 +95,20 @@ class TrainingStep:
         self._source = source or PrefixSource(cut, accelerator.device)
         self._keeps = settings.reuse and cut.cut > 0
         self._parameters = list(adapter_parameters(model).values())
-        self._after_pass = after_pass
+        self._after_pass, self._batch_at = after_pass, batch_at
+        self._held: dict[int, tuple[Batch, dict[int, Tensor]]] = {}  # by index: batches for later, with their prefix activations
+        self._base_nats: dict[int, float] = {}  # by block: nats under the base
         self._gradient_norm = 0.0
         self._told: list[tuple[Any, dict[str, float]]] = []  # about the current batch: each answer, and the numbers that held after it
         self._replay: list[tuple[Any, dict[str, float]]] = []  # answers from before an interruption that are still to be given again
         self._recorded = (0.0, 0)
+        self._revisited: list[int] = []  # while the current batch was
         self._entered: Batch | None = None
         self._enter(Batch(()))
 
     def begin(self) -> None:
         """A batch is about to begin, or to go on."""
-        self._told = []
+        self._told, self._revisited = [], []
         if not self._replay:
             self._recorded = (self.ledger.flops - self.ledger.flops_lost, self.ledger.skipped_updates)
 
@@ -111,7 +117,6 @@ class TrainingStep:
     def __call__(self, batch: Batch) -> float:
         """Fresh pass on a new batch, and its update. Returns the initial loss, mean nats a label token."""
         self._enter(batch)
-        self._label_tokens = self._total(batch.label_tokens)
         return self._tell(self._fresh, passed=True)
 
     def again(self) -> float:
@@ -137,10 +142,10 @@ class TrainingStep:
         self._enter(batch)  # the activations stay for its fresh pass, which follows
         return self._tell(lambda: self._probe(adapter))
 
-    def record(self, losses: list[float], planned: int) -> BatchRecord:
+    def record(self, losses: list[float], planned: int, done: int | None = None) -> BatchRecord:
         """The record of the current batch, with all that was charged since it began, a probe before its fresh pass included.
 
-        Seconds are filled in by the loop, whose clock is still running.
+        Seconds are filled in by the loop, whose clock is still running. ``done`` is for a batch whose passes are not its losses.
         """
         flops, skipped = self._recorded
         return BatchRecord(
@@ -149,21 +154,70 @@ class TrainingStep:
             initial_loss=losses[0],
             losses=losses,
             repeats_planned=planned,
-            repeats_done=len(losses),
+            repeats_done=len(losses) if done is None else done,
             learning_rate=self.learning_rate,
             gradient_norm=self._gradient_norm,
-            tokens=self._label_tokens,
+            tokens=self._batch_tokens,
             flops=self.ledger.flops - self.ledger.flops_lost - flops,
             seconds=0.0,
             skipped_updates=self.ledger.skipped_updates - skipped,
+            revisited=self._revisited,
         )
+
+    # -- what some controls use --------------------------------------------------------------------------------------------------------
+
+    def scaled(self, batch: Batch, factor: Callable[[float], float]) -> float:
+        """Fresh pass whose update takes ``factor(initial loss)`` times the learning rate. Price: a fresh pass, and a wait for its loss."""
+        self._enter(batch)
+        return self._tell(lambda: self._fresh(lambda loss: self._take_rate(self.learning_rate * factor(loss))), passed=True)
+
+    def weighted(self, batch: Batch, weight: Callable[[float], float]) -> float:
+        """Fresh pass whose loss counts ``weight(initial loss)`` times, before clipping. Price: a fresh pass, and a wait for its loss."""
+        self._enter(batch)
+        return self._tell(lambda: self._fresh(lambda loss: self._weigh_gradient(weight(loss))), passed=True)
+
+    def part(self, batch: Batch, number: int, parts: int) -> float:
+        """Fresh pass on one of ``parts`` shares of the rows, with Adam's beta2 to the power of the share: the same half-life in tokens.
+
+        Price: the share's. The batch counts as one, at its first part.
+        """
+        self._enter(batch.part(number, parts))
+        self._batch_tokens = self._total(batch.label_tokens)
+        return self._tell(lambda: self._share(self._label_tokens / self._batch_tokens, counts=number == 0), passed=True)
+
+    def forward(self, batch: Batch) -> float:
+        """Loss of a new batch without gradients. Price: a forward, as a probe; the prefix is there for the fresh pass, if one follows."""
+        self._enter(batch)
+        return self._tell(self._probe)
+
+    def skip(self) -> None:
+        """Let the current batch go untrained; it counts as a batch."""
+        self._tell(self._skip, passed=True)
+
+    def base_loss(self) -> float:
+        """Loss of the current batch under the base. Price: a forward of the adapted part, as a probe, the first time a block is met."""
+        return self._tell(self._base_loss)
+
+    def hold(self) -> int:
+        """Keep the current batch, with its prefix activations, for later. Price: their memory."""
+        self._held[self._batch.index] = (self._batch, self._kept)
+        return self._batch.index
+
+    def revisit(self, held: int) -> float:
+        """One pass and update on a held batch. Price: a repeat."""
+        self._revisited.append(held)
+        return self._tell(lambda: self._revisit(held), passed=True)
+
+    def release(self, held: int) -> None:
+        """Let a held batch go."""
+        self._held.pop(held, None)
 
     # -- how a pass is made ------------------------------------------------------------------------------------------------------------
 
-    def _fresh(self) -> float:
+    def _fresh(self, before_update: Callable[[float], None] | None = None, *, counts: bool = True) -> float:
         batch = self._batch
-        loss, self._gradient_norm = self._pass()
-        self.ledger.batches += 1
+        loss, self._gradient_norm = self._pass(before_update)
+        self.ledger.batches += counts
         self.ledger.flops_fresh += self.flop_model.repeat(batch.shapes) + self._charge_prefix()
         self.ledger.tokens_unique += self._label_tokens if batch.first_exposure else 0
         return loss
@@ -176,22 +230,80 @@ class TrainingStep:
             self.ledger.seconds_saved += self._prefix_seconds
         return loss
 
-    def _probe(self, adapter: dict[str, Tensor]) -> float:
-        batch, current = self._batch, copy_adapter(self.model)
-        set_adapter(self.model, adapter)
-        nats = torch.zeros((), device=self.accelerator.device)
-        with torch.no_grad(), self.accelerator.autocast():
-            for index, micro in enumerate(batch.micro_batches):
-                nats += self.model(self._hidden(index, micro), micro).sum()
-        set_adapter(self.model, current)
-        loss = float(self._reduced(nats)) / self._total(batch.label_tokens)
-        prefix = self._charge_prefix()  # due for the fresh pass anyway, unless that computes it once more
-        self.ledger.flops_fresh += prefix if self._keeps else 0.0
-        self.ledger.flops_probe += self.flop_model.forward(batch.shapes) - self.flop_model.prefix.of(batch.shapes) + (0.0 if self._keeps else prefix)
+    def _probe(self, adapter: dict[str, Tensor] | None = None) -> float:
+        """Loss of the current batch without gradients, under a given adapter or the one in training."""
+        loss = float(self._reduced(self._score(adapter).sum())) / self._label_tokens
+        self._charge_probe(self._batch.shapes)
         return loss
 
-    def _pass(self) -> tuple[float, float]:
-        """Forward, backward and update on the current batch; returns its loss and the gradient's norm before clipping."""
+    def _score(self, adapter: dict[str, Tensor] | None) -> Tensor:
+        """Nats of each row of the current batch; the adapter in training is put back."""
+        current = copy_adapter(self.model)
+        set_adapter(self.model, adapter or current)
+        nats = []
+        with torch.no_grad(), self.accelerator.autocast():
+            for index, micro in enumerate(self._batch.micro_batches):
+                nats.append(self.model(self._hidden(index, micro), micro).sum(dim=1))
+        set_adapter(self.model, current)
+        return torch.cat(nats)
+
+    def _charge_probe(self, shapes: Sequence[Shape]) -> None:
+        """Charge a forward over ``shapes``, and the prefix of the current batch if it was fetched for it."""
+        prefix = self._charge_prefix()  # due for the fresh pass anyway, unless that computes it once more
+        self.ledger.flops_fresh += prefix if self._keeps else 0.0
+        self.ledger.flops_probe += self.flop_model.forward(shapes) - self.flop_model.prefix.of(shapes) + (0.0 if self._keeps else prefix)
+
+    def _base_loss(self) -> float:
+        """The table of the base's nats a block, filled where it has none. Rows without a block have no entry, and are scored each time."""
+        blocks = [block for micro in self._batch.micro_batches for block in micro.blocks or ()]
+        known = len(blocks) == self._batch.rows and all(block in self._base_nats for block in blocks)
+        if self._total(known) == self.accelerator.num_processes:  # all processes score, or none
+            nats = torch.tensor(sum(self._base_nats[block] for block in blocks), device=self.accelerator.device)
+        else:
+            blank = {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in copy_adapter(self.model).items()}
+            rows = self._score(blank)  # an adapter whose B is 0 adds nothing
+            self._base_nats.update(zip(blocks, rows.tolist(), strict=False))
+            nats = rows.sum()
+            self._charge_probe(self._batch.shapes)
+        return float(self._reduced(nats)) / self._label_tokens
+
+    def _share(self, share: float, *, counts: bool) -> float:
+        groups = self.optimizer.param_groups
+        before = [group["betas"] for group in groups]
+        for group, (beta1, beta2) in zip(groups, before, strict=True):
+            group["betas"] = (beta1, beta2**share)
+        try:
+            return self._fresh(counts=counts)
+        finally:
+            for group, betas in zip(groups, before, strict=True):
+                group["betas"] = betas
+
+    def _skip(self) -> None:
+        self.ledger.batches += 1
+
+    def _revisit(self, held: int) -> float:
+        current = (self._batch, self._kept, self._label_tokens, self._gradient_norm, self._prefix_flops, self._prefix_seconds)
+        self._batch, self._kept = self._held[held]
+        self._label_tokens = self._total(self._batch.label_tokens)
+        loss = self._repeat()
+        self._batch, self._kept, self._label_tokens, self._gradient_norm, self._prefix_flops, self._prefix_seconds = current
+        return loss
+
+    def _take_rate(self, rate: float) -> None:
+        self.learning_rate = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _weigh_gradient(self, weight: float) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad *= weight
+
+    def _pass(self, before_update: Callable[[float], None] | None = None) -> tuple[float, float]:
+        """Forward, backward and update on the current batch; returns its loss and the gradient's norm before clipping.
+
+        ``before_update`` is told the loss, if it is finite, when the gradient is there, at the price of a wait for it.
+        """
         self._set_learning_rate()
         nats = torch.zeros((), device=self.accelerator.device)
         last = len(self._batch.micro_batches) - 1
@@ -202,6 +314,8 @@ class TrainingStep:
                     micro_nats = self.model(self._hidden(index, micro), micro).sum()
                 self.accelerator.backward(micro_nats * (self.accelerator.num_processes / self._label_tokens))
             nats += micro_nats.detach()
+        if before_update is not None and math.isfinite(known := float(self._reduced(nats)) / self._label_tokens):
+            before_update(known)
         norm = self._update()
         # Read off the device only now, with the update queued: an accelerator never idles for the decision.
         loss, norm = torch.stack([self._reduced(nats) / self._label_tokens, norm]).tolist()
@@ -232,9 +346,7 @@ class TrainingStep:
 
     def _set_learning_rate(self) -> None:
         fraction = self.allowance.schedule_fraction(self.ledger)
-        self.learning_rate = self.settings.lr * schedule(fraction, self.settings.warmup) * 0.5**self.ledger.rollbacks
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        self._take_rate(self.settings.lr * schedule(fraction, self.settings.warmup) * 0.5**self.ledger.rollbacks)
 
     # -- the frozen prefix -------------------------------------------------------------------------------------------------------------
 
@@ -245,6 +357,7 @@ class TrainingStep:
             self._kept: dict[int, Tensor] = {}  # micro-batch to its prefix activations
             self._receipts: list[Receipt] = []  # not charged yet
             self._prefix_flops = self._prefix_seconds = 0.0
+            self._label_tokens = self._batch_tokens = self._total(self._batch.label_tokens)
 
     def _hidden(self, index: int, micro: MicroBatch) -> Tensor:
         """Prefix activations of a micro-batch: kept from the fresh pass, or fetched."""
@@ -326,15 +439,27 @@ class TrainingStep:
                 self._source.settle()
             self._receipts.clear()
 
+    def _take_held(self, indices: Sequence[int]) -> None:
+        """Batches that were held when a checkpoint was made, made again as they were."""
+        self._held = {}
+        for index in indices:
+            assert self._batch_at is not None
+            self._enter(self._batch_at(index))
+            self._fetch_again()
+            self.hold()
+
     def state_dict(self) -> dict[str, Any]:
         """What was told about the current batch, and what was recorded before it."""
         told = [(kept() if isinstance(kept, weakref.ref) else kept, numbers) for kept, numbers in self._told]
-        return {"told": told + self._replay, "recorded": self._recorded}
+        base = {"blocks": np.array(list(self._base_nats), dtype=np.int64), "nats": np.array(list(self._base_nats.values()))}
+        return {"told": told + self._replay, "recorded": self._recorded, "held": list(self._held), "base": base}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in the middle of a batch, or at its beginning where nothing had been told."""
         self._replay = [(Snapshot(told) if isinstance(told, dict) else told, numbers) for told, numbers in state["told"]]
         self._recorded = tuple(state["recorded"])
+        self._base_nats = dict(zip(state["base"]["blocks"].tolist(), state["base"]["nats"].tolist(), strict=True))
+        self._take_held(state["held"])
         self._enter(Batch(()))
 
     # -- processes ---------------------------------------------------------------------------------------------------------------------

@@ -9,50 +9,24 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
-import yaml
 from rich.console import Console
 from rich.text import Text
 
-from iterbatch.config import (
-    LAST,
-    BenchConfig,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    SpeedConfig,
-    StrategyConfig,
-    TrainingConfig,
-    check,
-    knobs,
-)
+from iterbatch.config import BenchConfig, DataConfig, ModelConfig, TrainingConfig, check
 from iterbatch.errors import ConfigError, UserError, did_you_mean
+from iterbatch.flags import Group, TrainFlags, cli, parse_config
 
 COMMANDS = {
     "train": "train LLaMA + LoRA with every strategy and compare perplexity and cost",
+    "compare": "train arms by seeds at the same budget, score them, and write a report",
     "generate": "continue a text with a trained adapter",
     "price": "measure what fresh passes and repeats cost on this machine, for several placements of the adapters",
     "cache": "show and free the activations that --reuse epoch keeps",
 }
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
-Group = tyro.conf.OmitArgPrefixes
-
-
-@dataclass(frozen=True)
-class _TrainFlags:
-    """Train LLaMA + LoRA with every strategy and compare perplexity and cost.
-
-    Without any flag: four strategies on the bundled model and text, offline, in a few minutes on a laptop.
-    """
-
-    model: Group[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
-    data: Group[DataConfig] = dataclasses.field(default_factory=DataConfig)
-    training: Group[TrainingConfig] = dataclasses.field(default_factory=TrainingConfig)
-    speed: Group[SpeedConfig] = dataclasses.field(default_factory=SpeedConfig)
-    strategy: Group[StrategyConfig] = dataclasses.field(default_factory=StrategyConfig)
-    run: Group[RunConfig] = dataclasses.field(default_factory=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -79,6 +53,19 @@ class GenerateFlags:
     """Seed of the draws; >= 0."""
     trust_remote_code: bool = False
     """Allow the base model to run its own Python code."""
+
+
+@dataclass(frozen=True)
+class _CompareFlags(TrainFlags):
+    """Train arms by seeds at the same budget, score them, and write a report; the same command goes on with a comparison that was stopped.
+
+    Arms come from a study file, or from --strategies. Flags override the file's settings.
+    """
+
+    study: tyro.conf.Positional[Path | None] = None
+    """Study file (YAML): settings, arms, cells."""
+    workers: int = 1
+    """Processes, each training one arm with one seed at a time; >= 1. The cores are shared out among them."""
 
 
 @dataclass(frozen=True)
@@ -148,77 +135,11 @@ def _dispatch(arguments: list[str], console: Console) -> int:
             console.print(f"  {name:9} {purpose}")
         console.print("\niterbatch train --help lists the flags; iterbatch train without flags runs offline in a few minutes.")
         return 0
+    if command == "worker":  # what iterbatch compare starts
+        return _work(rest)
     if command not in COMMANDS:
         raise ConfigError(f"unknown command '{command}'; choose from {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
-    return {"train": _train, "generate": _generate, "price": _price, "cache": _cache}[command](rest, console)
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------
-# Flags
-
-
-def parse_config(arguments: Sequence[str]) -> BenchConfig:
-    """Flags, and the YAML file they may name, to a checked configuration. Flags override the file.
-
-    Raises:
-        ConfigError: with all problems of the configuration.
-        SystemExit: with code 2 for a flag that does not exist or a value of another type, 0 for ``--help``.
-    """
-    arguments = _resume_argument(arguments)
-    parsed = _cli("train", _TrainFlags, arguments)
-    file = parsed.run.config
-    if parsed.run.resume is not None:
-        from iterbatch import folder
-
-        run_dir = folder.resume_folder(parsed.run.resume, parsed.run.save_dir, parsed.run.run_name)
-        arguments = [*arguments, "--save_dir", str(run_dir.parent), "--run_name", run_dir.name, "--resume", str(run_dir)]
-        folder.read_config(run_dir)
-        file = file or run_dir / folder.CONFIG
-    if file is not None:
-        parsed = _cli("train", _TrainFlags, [*_file_arguments(file), *arguments])
-    config = BenchConfig(parsed.model, parsed.data, parsed.training, parsed.speed, parsed.strategy, parsed.run)
-    check(config)
-    return config
-
-
-def _resume_argument(arguments: Sequence[str]) -> list[str]:
-    """``--resume`` may stand alone."""
-    words = list(arguments)
-    for place, word in enumerate(words):
-        if word == "--resume" and (place + 1 == len(words) or words[place + 1].startswith("--")):
-            return [*words[: place + 1], str(LAST), *words[place + 1 :]]
-    return words
-
-
-def _cli(command: str, kind: Any, arguments: Sequence[str]) -> Any:
-    return tyro.cli(kind, args=list(arguments), prog=f"iterbatch {command}", use_underscores=True)
-
-
-def _file_arguments(path: Path) -> list[str]:
-    """A YAML file as the flags it stands for, so that both are parsed and checked by the same code."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise ConfigError(f"--config {path} cannot be read: {problem.strerror}") from problem
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
-        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(problem).split())}") from problem
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds a {type(content).__name__}; write one 'flag: value' a line")
-    known = knobs()
-    if "trust_remote_code" in content:
-        raise ConfigError(f"--config {path} sets trust_remote_code; whether code of others may run is said on the command line only")
-    unknown = [f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}" for key in content if key not in known or key == "config"]
-    if unknown:
-        raise ConfigError("\n".join(unknown))
-    return [word for key, value in content.items() for word in _flag_words(key, value)]
-
-
-def _flag_words(key: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [f"--{key}" if value else f"--no_{key}"]
-    return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}", str(value)]
+    return {"train": _train, "compare": _compare, "generate": _generate, "price": _price, "cache": _cache}[command](rest, console)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -252,6 +173,53 @@ def _train(arguments: list[str], console: Console) -> int:
     return 0
 
 
+def _compare(arguments: list[str], console: Console) -> int:
+    flags: _CompareFlags = cli("compare", _CompareFlags, arguments)
+    if flags.workers < 1:
+        raise ConfigError(f"--workers is {flags.workers}; it must be at least 1")
+    _quiet_libraries()
+    from iterbatch import compare, prepare, progress, report
+    from iterbatch.study import load_study, study_of_flags
+
+    words = _without(arguments, flags)
+    study = study_of_flags(words) if flags.study is None else load_study(flags.study, words)
+    run_dir = flags.run.save_dir / (flags.run.run_name or study.name)
+    if flags.run.dry_run:
+        for cell in study.cells:
+            _, plan = prepare.plan(cell.config)
+            console.print(Text(f"{cell.name or study.name}: {len(cell.arms)} arms x {len(cell.config.training.seeds)} seeds"))
+            console.print(progress.plan_table(plan, cell.config))
+        return 0
+    try:
+        compare.compare(study, run_dir, flags.workers, flags.run, lambda text: console.print(Text(report.plain(text)), soft_wrap=True))
+    except KeyboardInterrupt as stopped:
+        console.print(Text("Stopped; pairs in training have made a checkpoint. The same command goes on."))
+        return getattr(stopped, "exit_code", EXIT_INTERRUPTED)
+    return 0
+
+
+def _without(arguments: list[str], flags: "_CompareFlags") -> list[str]:
+    """The words of a comparison that are flags of training."""
+    words = list(arguments)
+    if flags.study is not None:
+        words.remove(str(flags.study))
+    if "--workers" in words:
+        place = words.index("--workers")
+        del words[place : place + 2]
+    return [word for word in words if not word.startswith("--workers=")]
+
+
+def _work(arguments: list[str]) -> int:
+    _quiet_libraries()
+    from iterbatch import compare
+
+    try:
+        compare.work(Path(arguments[0]))
+    except KeyboardInterrupt as stopped:
+        return getattr(stopped, "exit_code", EXIT_INTERRUPTED)
+    return 0
+
+
 def _say_how_to_go_on(console: Console, run_dir: Path | None) -> None:
     if run_dir is None:
         console.print("Interrupted before the run began.")
@@ -260,7 +228,7 @@ def _say_how_to_go_on(console: Console, run_dir: Path | None) -> None:
 
 
 def _generate(arguments: list[str], console: Console) -> int:
-    flags: GenerateFlags = _cli("generate", GenerateFlags, arguments)
+    flags: GenerateFlags = cli("generate", GenerateFlags, arguments)
     problems = []
     if flags.new_tokens < 1:
         problems.append(f"--new_tokens is {flags.new_tokens}; it must be at least 1")
@@ -282,7 +250,7 @@ def _generate(arguments: list[str], console: Console) -> int:
 
 
 def _price(arguments: list[str], console: Console) -> int:
-    flags: _PriceFlags = _cli("price", _PriceFlags, arguments)
+    flags: _PriceFlags = cli("price", _PriceFlags, arguments)
     training = TrainingConfig(batch_size=flags.batch_size, grad_accum=flags.grad_accum)
     config = BenchConfig(model=flags.model, data=DataConfig(max_length=flags.max_length), training=training)
     check(config)
@@ -301,7 +269,7 @@ def _price(arguments: list[str], console: Console) -> int:
 
 
 def _cache(arguments: list[str], console: Console) -> int:
-    flags: _CacheFlags = _cli("cache", _CacheFlags, arguments)
+    flags: _CacheFlags = cli("cache", _CacheFlags, arguments)
     from iterbatch import progress, store
 
     if flags.action == "list":

@@ -205,8 +205,7 @@ def test_every_counts_seconds_or_updates(monkeypatch):
 def quick(tiny, tmp_path, monkeypatch):
     """Run with some flags, undisturbed; returns the folder. Without figures and long samples, which no checkpoint touches."""
     monkeypatch.setattr(plots, "write", lambda *_: None)
-    monkeypatch.setattr(arm, "PROMPTS", 1)
-    flags = tiny | {"loss_threshold": 3.0, "probe_rate": 1.0, "epochs": 2, "save_dir": tmp_path, "checkpoint_every": "9999u"}
+    flags = tiny | {"prompts": 1, "loss_threshold": 3.0, "probe_rate": 1.0, "epochs": 2, "save_dir": tmp_path, "checkpoint_every": "9999u"}
     return lambda name, listener=None, **more: bench.run(make_config(**flags | {"run_name": name} | more), listener)
 
 
@@ -229,8 +228,25 @@ def _stop_at(monkeypatch, number):
 )
 def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(quick, monkeypatch, strategy, variant):
     flags = {"strategies": [strategy], "lora_layers": "top:1", "batch_size": 2, **variant}
+    _check_stopped_anywhere(quick, monkeypatch, flags, [4, 7, 13, 22, 36])
+
+
+@pytest.mark.parametrize(
+    ("strategies", "places"),
+    [
+        (["spaced"], [5, 11, 20, 33]),
+        (["excess"], [5, 20]),
+        (["weighted"], [9]),
+        (["selective"], [9, 22]),
+        (["abr", "permuted", "small_batches"], [40, 70, 95]),
+    ],
+)
+def test_a_control_stopped_anywhere_ends_as_if_it_had_not_been(quick, monkeypatch, strategies, places):
+    _check_stopped_anywhere(quick, monkeypatch, {"strategies": strategies, "lora_layers": "top:1", "batch_size": 2}, places, least=1)
+
+
+def _check_stopped_anywhere(quick, monkeypatch, flags, places, least=2):
     expected = content(quick("undisturbed", **flags))
-    places = [4, 7, 13, 22, 36]
     stops, resume = 0, None
     for place in places:
         with monkeypatch.context() as patch:
@@ -243,7 +259,7 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(quick, monkeypatch, s
                 break
     else:
         run_dir = quick("disturbed", resume=LAST, **flags)
-    assert stops >= 2
+    assert stops >= least
     found = content(run_dir)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []

@@ -63,7 +63,7 @@ def test_result_does_not_depend_on_packing(cut, tokenizer, text):
     """Windows in any order, or split over two texts, add up to the same."""
     accelerator = make_accelerator("no")
     whole = score(cut, text, accelerator, pad_id=2).nats
-    shuffled = EvalText(text.windows[::-1], text.words, text.bytes, text.tokens, text.documents)
+    shuffled = EvalText(text.windows[::-1], text.words, text.bytes, text.tokens, text.document_tokens)
     parts = [prepare_eval([Document.of(part)], tokenizer, max_length=32) for part in TEXTS]
     assert score(cut, shuffled, accelerator, pad_id=2).nats == pytest.approx(whole, rel=1e-6)
     assert sum(score(cut, part, accelerator, pad_id=2).nats for part in parts) == pytest.approx(whole, rel=1e-6)

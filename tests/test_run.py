@@ -8,7 +8,7 @@ import yaml
 
 from iterbatch import bench
 from iterbatch.arm import Listener
-from iterbatch.config import LAST, make_config
+from iterbatch.config import LAST, StrategyConfig, make_config
 from iterbatch.cut import CutModel
 from iterbatch.data_loader import prepare_eval
 from iterbatch.documents import read_corpus
@@ -17,7 +17,6 @@ from iterbatch.evaluate import score
 from iterbatch.generate import load_trained
 from iterbatch.processes import make_accelerator
 from iterbatch.record import BatchRecord, EvalRecord, read_records
-from iterbatch.strategy import STRATEGIES
 from iterbatch.train import main
 
 SUMMARY = {
@@ -71,12 +70,12 @@ def test_every_strategy_on_real_text_leaves_everything(real_text, tmp_path, sour
     run_dir = bench.run(config)
     assert run_dir == tmp_path / "run"
     expected = ["config.yaml", "manifest.json", "summary.json", "summary.md", "ppl_vs_flops.png", "repeats.png"]
-    expected += [file for strategy in STRATEGIES for seed in (0, 1) for file in _arm_files(strategy, seed)]
+    expected += [file for strategy in StrategyConfig().strategies for seed in (0, 1) for file in _arm_files(strategy, seed)]
     assert [file for file in expected if not (run_dir / file).is_file() or not (run_dir / file).stat().st_size] == []
     assert list((run_dir / "tracking").rglob("events.out.tfevents*"))
 
     rows = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    assert [(row["strategy"], row["seed"]) for row in rows] == [(strategy, seed) for strategy in STRATEGIES for seed in (0, 1)]
+    assert [(row["strategy"], row["seed"]) for row in rows] == [(strategy, seed) for strategy in StrategyConfig().strategies for seed in (0, 1)]
     for row in rows:
         assert set(row) >= SUMMARY
         folder = run_dir / row["strategy"] / f"seed{row['seed']}"

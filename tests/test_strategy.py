@@ -1,11 +1,14 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
+import torch
 from synthetic_stream import SyntheticStep, play
 
 from iterbatch.config import StrategyConfig
-from iterbatch.data_loader import Batch
+from iterbatch.data_loader import Batch, MicroBatch
+from iterbatch.errors import RunError
 from iterbatch.record import BatchRecord
 from iterbatch.scheduler import MAX_REPEATS, GainLearner, SchedulerLLaMA, stopping_rule
 from iterbatch.strategy import STRATEGIES, LearnableSchedulingStrategy, abr_repeats, make_strategy, window_repeats
@@ -19,6 +22,7 @@ class ScriptedStep:
     def __init__(self, losses, affordable=10**9):
         self.losses, self.affordable = iter(losses), affordable
         self.fresh = self.repeats = self.probes = 0
+        self.told, self.held, self.revisited = [], [], []
 
     def __call__(self, batch):
         self.fresh += 1
@@ -42,8 +46,47 @@ class ScriptedStep:
         self.probes += 1
         return 3.0
 
-    def record(self, losses, planned):
-        return BatchRecord(self.fresh - 1, 0, losses[0], losses, planned, len(losses), 0.01, 1.0, 100, 1.0, 0.0)
+    def scaled(self, batch, rule):
+        loss = self(batch)
+        if math.isfinite(loss):
+            self.told.append(rule(loss))
+        return loss
+
+    weighted = scaled
+
+    def part(self, batch, number, parts):
+        self.told.append((number, parts))
+        if number == 0:
+            return self(batch)
+        return self.loss
+
+    def forward(self, batch):
+        self.waiting = next(self.losses)
+        self.losses = itertools.chain([self.waiting], self.losses)
+        return self.waiting
+
+    def skip(self):
+        self.fresh += 1
+        next(self.losses)
+
+    def base_loss(self):
+        return 1.0 if self.fresh % 2 else 3.0
+
+    def hold(self):
+        self.held.append(self.fresh - 1)
+        return self.fresh - 1
+
+    def revisit(self, held):
+        assert held in self.held
+        self.revisited.append((held, self.fresh - 1))
+        return 1.0
+
+    def release(self, held):
+        self.held.remove(held)
+
+    def record(self, losses, planned, done=None):
+        done = len(losses) if done is None else done
+        return BatchRecord(self.fresh - 1, 0, losses[0], losses, planned, done, 0.01, 1.0, 100, 1.0, 0.0)
 
 
 # -- abr -------------------------------------------------------------------------------------------------------------------------------
@@ -98,19 +141,30 @@ def test_window_rule(losses, extra, repeats):
 # -- the contract --------------------------------------------------------------------------------------------------------------------------
 
 
+SOURCE = [1, 1, 2, 1, 3, 1, 1, 4]  # passes of each batch of an arm that controls are made from
+ROWS = torch.arange(8).view(4, 2)
+BATCH = Batch((MicroBatch(ROWS, ROWS),))
+
+
+def _made(name, seed=0, **knobs):
+    return make_strategy(name, StrategyConfig(**knobs), seed, SOURCE)
+
+
 def _losses(count=60):
     return (4 + 3 * np.random.default_rng(0).normal(size=count)).clip(0.1).tolist()
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_contract(name):
-    strategy, step = make_strategy(name, StrategyConfig(), seed=0), ScriptedStep(_losses())
-    records = [strategy.train_batch(Batch(()), step) for _ in range(60)]
+    strategy, step = _made(name), ScriptedStep(_losses())
+    records = [strategy.train_batch(BATCH, step) for _ in range(60)]
     assert step.fresh == 60
-    assert sum(record.repeats_done for record in records) == step.fresh + step.repeats
+    skipped = sum(record.repeats_done == 0 for record in records)
+    assert sum(record.repeats_done for record in records) + skipped == step.fresh + step.repeats
+    assert (skipped > 0) == (name == "selective")
     for record in records:
-        assert 1 <= record.repeats_done <= record.repeats_planned <= MAX_REPEATS
-        assert len(record.losses) == record.repeats_done
+        assert record.repeats_done <= record.repeats_planned <= MAX_REPEATS
+        assert len(record.losses) == max(1, record.repeats_done)
         assert record.losses[0] == record.initial_loss
 
 
@@ -118,23 +172,25 @@ def test_contract(name):
 def test_same_seed_same_decisions_also_after_a_saved_state(name):
     def decisions(strategy, losses):
         step = ScriptedStep(losses)
-        return [strategy.train_batch(Batch(()), step).repeats_done for _ in losses]
+        step.held = [held for _, held, _ in getattr(strategy, "waiting", [])]
+        return [(strategy.train_batch(BATCH, step).repeats_done, tuple(step.told), len(step.revisited)) for _ in losses]
 
     losses = _losses(400)
-    knobs = StrategyConfig(probe_rate=0.5)
-    whole = decisions(make_strategy(name, knobs, seed=3), losses)
-    first = make_strategy(name, knobs, seed=3)
+    whole = decisions(_made(name, 3, probe_rate=0.5), losses)
+    first = _made(name, 3, probe_rate=0.5)
     start = decisions(first, losses[:200])
-    second = make_strategy(name, knobs, seed=99)
+    second = _made(name, 99, probe_rate=0.5)
     second.load_state_dict(first.state_dict())
-    assert start + decisions(second, losses[200:]) == whole
+    rest = decisions(second, losses[200:])
+    told, revisits = start[-1][1:]
+    assert start + [(done, told + more, revisits + count) for done, more, count in rest] == whole
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_loss_that_is_not_finite_is_no_evidence(name):
-    strategy = make_strategy(name, StrategyConfig(max_repeats=5, probe_rate=1.0), seed=0)
+    strategy = _made(name, max_repeats=5, probe_rate=1.0)
     step = ScriptedStep([math.nan, math.inf, 30.0, 30.0, math.nan, 30.0])
-    records = [strategy.train_batch(Batch(()), step) for _ in range(6)]
+    records = [strategy.train_batch(BATCH, step) for _ in range(6)]
     assert [records[index].repeats_done for index in (0, 1, 4)] == [1, 1, 1]
     assert all(np.isfinite(value) for value in _numbers(strategy.state_dict()))
 
@@ -162,6 +218,78 @@ def test_max_repeats_means_passes_for_abr_and_extra_passes_for_window():
     abr, window = (make_strategy(name, StrategyConfig(max_repeats=2), seed=0) for name in ("abr", "window"))
     assert max(abr.train_batch(Batch(()), step).repeats_done for step in [ScriptedStep(losses)] for _ in losses) == 2
     assert max(window.train_batch(Batch(()), step).repeats_done for step in [ScriptedStep([30.0 + i for i in range(10)])] for _ in losses) == 3
+
+
+# -- controls: each keeps everything of its source but one thing ------------------------------------------------------------------------------
+
+
+def _control(name, losses, seed=0, **knobs):
+    strategy, step = _made(name, seed, **knobs), ScriptedStep(losses)
+    return [strategy.train_batch(BATCH, step) for _ in losses], step
+
+
+def test_permuted_gives_the_sources_run_in_another_order_and_random_its_histogram():
+    permuted, _ = _control("permuted", _losses(80))
+    runs = [[record.repeats_done for record in permuted[start : start + 8]] for start in range(0, 80, 8)]
+    assert all(sorted(run) == sorted(SOURCE) for run in runs)
+    assert len({tuple(run) for run in runs}) > 5
+    other, _ = _control("permuted", _losses(80), seed=1)
+    assert [record.repeats_done for record in other] != [record.repeats_done for record in permuted]
+    drawn, _ = _control("random", _losses(4000))
+    shares = np.bincount([record.repeats_done for record in drawn], minlength=5)[1:] / 4000
+    assert shares == pytest.approx([5 / 8, 1 / 8, 1 / 8, 1 / 8], abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["permuted", "random", "higher_lr", "small_batches"])
+def test_a_control_without_its_source_is_refused(name):
+    with pytest.raises(RunError, match="no batches"):
+        make_strategy(name, StrategyConfig(), 0, [])
+
+
+def test_inverse_repeats_the_lowest_losses_as_often_as_abr_the_highest():
+    losses = np.random.default_rng(0).uniform(1, 9, 600).tolist()
+    abr, inverse = ([record.repeats_done for record in _control(name, losses)[0]] for name in ("abr", "inverse"))
+    assert np.corrcoef(losses, abr)[0, 1] > 0.9
+    assert np.corrcoef(losses[8:], inverse[8:])[0, 1] < -0.9
+    assert np.mean(inverse) == pytest.approx(np.mean(abr), abs=0.15)
+
+
+def test_excess_repeats_what_the_base_does_not_share():
+    losses = np.random.default_rng(0).uniform(4, 5, 600).tolist()  # the base finds every other batch harder by two nats
+    records, _ = _control("excess", losses, loss_threshold=1.5)
+    done = np.array([record.repeats_done for record in records])[8:]
+    assert abs(done[::2].mean() - done[1::2].mean()) > 0.8  # the upper half of ABR's run goes to one of the two
+
+
+def test_one_pass_at_the_rate_or_weight_that_abr_would_repeat_with():
+    losses = [3.0, 4.5, 9.0, 20.0]
+    assert _control("scaled_lr", losses)[1].told == [1, 2, 4, 5]
+    assert _control("higher_lr", losses)[1].told == [np.mean(SOURCE)] * 4
+    weights = _control("weighted", losses)[1].told
+    assert weights == [1.0, 2 / 1.5, 4 / (7 / 3), 5 / 3]
+    assert all(record.repeats_done == 1 for record in _control("weighted", losses)[0])
+
+
+def test_spaced_gives_the_same_passes_later():
+    losses = [4.5, 6.5, *[1.0] * 60]  # k = 2 and 3
+    records, step = _control("spaced", losses)
+    assert [record.repeats_planned for record in records[:3]] == [2, 3, 1]
+    assert step.revisited == [(0, 8), (1, 9), (1, 17)]
+    assert step.held == []
+
+
+def test_small_batches_makes_mean_k_parts_on_average():
+    _, step = _control("small_batches", [3.0] * 400)
+    assert len(step.told) / 400 == pytest.approx(np.mean(SOURCE), abs=0.01)
+    assert {parts for _, parts in step.told} == {1, 2}
+
+
+def test_selective_trains_high_losses_more_often():
+    losses = np.random.default_rng(0).uniform(1, 9, 2000).tolist()
+    records, _ = _control("selective", losses)
+    done = np.array([record.repeats_done for record in records])
+    assert np.corrcoef(losses, done)[0, 1] > 0.4
+    assert done.mean() == pytest.approx(0.5, abs=0.05)
 
 
 # -- learnable -----------------------------------------------------------------------------------------------------------------------------

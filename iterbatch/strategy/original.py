@@ -1,93 +1,16 @@
-"""The strategies: pure rules of plain numbers under thin classes.
-
-A strategy sees losses and ``step``. It never sees the optimizer, the data order, the data set's name or evaluation scores. To add one: write a
-class with ``repeats``, add a line to ``STRATEGIES`` and a card to ``docs/strategies/``.
-"""
+"""The four strategies of the original experiment: pure rules of plain numbers under thin classes."""
 
 import math
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from iterbatch.config import StrategyConfig
 from iterbatch.data_loader import Batch
 from iterbatch.record import BatchRecord
 from iterbatch.scheduler import MAX_REPEATS, GainLearner
-
-Adapter = Any  # what step.snapshot() returns and step.score() takes; opaque to a strategy
-
-
-class Step(Protocol):
-    """What a strategy may do with a batch. :class:`iterbatch.step.TrainingStep` is the real one; tests script a fake."""
-
-    @property
-    def price_ratio(self) -> float:
-        """rho: cost of a repeat over cost of a fresh pass, on the current batch."""
-        ...
-
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate of the last pass."""
-        ...
-
-    def __call__(self, batch: Batch) -> float:
-        """Fresh pass and update; returns the initial loss, nats a label token."""
-        ...
-
-    def again(self) -> float:
-        """A repeat: one more pass and update on the same batch; returns its loss before its update."""
-        ...
-
-    def affords_repeat(self) -> bool:
-        """Whether the budget has room for one more repeat."""
-        ...
-
-    def snapshot(self) -> Adapter:
-        """A copy of the adapter as it is now."""
-        ...
-
-    def score(self, batch: Batch, adapter: Adapter) -> float:
-        """Loss of a batch under a saved adapter, without gradients; charged as a probe."""
-        ...
-
-    def record(self, losses: list[float], planned: int) -> BatchRecord:
-        """The record of the batch that was just trained."""
-        ...
-
-
-class BaseTrainingStrategy(ABC):
-    """What happens to one batch. A subclass must write :meth:`repeats`, and may write :meth:`observe`."""
-
-    def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
-        """Train one batch: the fresh pass, then the repeats it deserves and the budget affords.
-
-        A loss that is not finite is no evidence: such a batch is not repeated and not observed.
-        """
-        losses = [step(batch)]  # the fresh pass always happens; its loss is the evidence
-        planned = self.repeats(losses[0]) if math.isfinite(losses[0]) else 1
-        while len(losses) < planned and math.isfinite(losses[-1]) and step.affords_repeat():
-            losses.append(step.again())
-        if math.isfinite(losses[0]):
-            self.observe(losses)
-        return step.record(losses, planned)
-
-    @abstractmethod
-    def repeats(self, initial_loss: float) -> int:
-        """How many passes a batch gets, the fresh pass included; at least 1."""
-
-    def observe(self, losses: list[float]) -> None:  # noqa: B027 - optional by design: most rules keep no state
-        """Take note of a batch after its last pass; ``losses[0]`` is the initial loss."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next decision depends on, in plain values and tensors."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - a rule without state has nothing to load
-        """Go on from a saved state."""
-
+from iterbatch.strategy.base import Adapter, BaseTrainingStrategy, Step
 
 # --------------------------------------------------------------------------------------------------------------------------------------
 # baseline: every batch once
@@ -254,30 +177,3 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
         self.learner.load_state_dict(state["learner"])
         self._random.bit_generator.state = state["random"]
         self._kept, self._open = state["kept"], state["open"]
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------
-
-STRATEGIES: dict[str, type[BaseTrainingStrategy]] = {
-    "baseline": BaselineStrategy,
-    "abr": ABRStrategy,
-    "learnable": LearnableSchedulingStrategy,
-    "window": SlidingWindowStrategy,
-}
-
-
-def make_strategy(name: str, knobs: StrategyConfig, seed: int) -> BaseTrainingStrategy:
-    """Build a strategy with its knobs.
-
-    Args:
-        name: A key of ``STRATEGIES``.
-        knobs: The flags of the strategy group.
-        seed: For a strategy that draws random numbers.
-    """
-    most = knobs.max_repeats
-    settings: dict[str, dict[str, Any]] = {
-        "abr": {"threshold": knobs.loss_threshold, "max_repeats": most or MAX_REPEATS},
-        "learnable": {"max_repeats": min(most or MAX_REPEATS, MAX_REPEATS), "probe_rate": knobs.probe_rate, "seed": seed},
-        "window": {"window_size": knobs.window_size, "threshold": knobs.loss_threshold, "max_repeats": most or 1},
-    }
-    return STRATEGIES[name](**settings.get(name, {}))
