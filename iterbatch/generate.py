@@ -73,12 +73,23 @@ def repetition(texts: Sequence[Sequence[int]], n: int = 4) -> float:
     return sum(shares) / len(shares) if shares else 0.0
 
 
+def self_bleu(texts: Sequence[Sequence[int]]) -> float:
+    """Self-BLEU, 0 to 100: mean BLEU-4 of each text against all others; high where texts resemble each other. Source: arXiv 1802.01886."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    words = [" ".join(map(str, text)) for text in texts]
+    if len(words) < 2:
+        return 0.0
+    bleu = BLEU(tokenize="none", effective_order=True, force=True)
+    return sum(bleu.sentence_score(text, words[:place] + words[place + 1 :]).score for place, text in enumerate(words)) / len(words)
+
+
 def text_metrics(texts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Distinct-1 and -2, rep-4, and mean length in tokens."""
+    """Distinct-1, -2 and -3, rep-4, self-BLEU, and mean length in tokens."""
     return {
-        "distinct_1": distinct(texts, 1),
-        "distinct_2": distinct(texts, 2),
+        **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
         "rep_4": repetition(texts, 4),
+        "self_bleu": self_bleu(texts),
         "mean_length": sum(map(len, texts)) / len(texts) if texts else 0.0,
     }
 

@@ -118,19 +118,27 @@ def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
     Raises:
         DataError: naming the line that cannot be read.
     """
+    for record in read_lines(path, kind):
+        if isinstance(record, DataError):
+            raise record
+        yield record
+
+
+def read_lines(path: Path, kind: type[Record]) -> Iterator[Record | DataError]:
+    """Yield a record for each line of a file, or what is wrong with that line."""
     allowed = {each.name: _ALLOWED[each.type] for each in dataclasses.fields(kind)}
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                row = _not_null(json.loads(line))
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = _not_null(json.loads(line.decode("utf-8")))
                 for name, value in row.items():
                     if not isinstance(value, allowed[name]):
                         raise TypeError(f"{name} is {value!r}")
-                yield kind(**row)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
-        raise DataError(f"{path}, line {number}: not a {kind.__name__} ({str(problem)[:200]})") from problem
+                record = kind(**row)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
+                yield DataError(f"{path}, line {number}: not a {kind.__name__} ({str(problem)[:200]})")
+            else:
+                yield record
 
 
 _ALLOWED: dict[Any, Any] = {int: int, float: (int, float), str: str, list[float]: list, list[int]: list}  # what JSON may hold for a field's type
