@@ -85,7 +85,7 @@ class Shared:
         self.prepared, self.plan, self.model, self.placed, self.reuse, self.accelerator = prepared, plan, model, placed, reuse, accelerator
         self.interrupts, self.between = interrupts, interrupts.check
         self.cut: CutModel = accelerator.unwrap_model(placed)  # for scoring, where processes may do different numbers of forwards
-        self.prompts = _prompts(prepared)
+        self.prompts, self.human = ([part[side] for part in _prompts(prepared)] for side in (0, 1))
         reset_adapter(model, seed=0)  # a new adapter adds nothing, so this is the base itself
         self.validation = self.score("validation")
         self.samples = self.sample()
@@ -114,16 +114,17 @@ class Shared:
         return result
 
 
-def _prompts(prepared: Prepared) -> list[list[int]]:
-    """Stretches of validation text, all of one length: openings of documents first, then places further in, evenly spread."""
-    wanted = prepared.config.training.prompts
-    windows = [window.input_ids[1:] for window in prepared.texts["validation"].windows]
-    length = min(PROMPT_TOKENS, max(len(ids) for ids in windows) or 1, max(1, prepared.base.context - Sampling().new_tokens))
-    places = [ids[start : start + length].tolist() for ids in windows for start in range(0, len(ids) - length + 1, 2 * length)]
-    openings = [ids[:length].tolist() for ids in windows if len(ids) >= length]
+def _prompts(prepared: Prepared) -> list[tuple[list[int], list[int]]]:
+    """Stretches of validation text, all of one length, each with what follows it there: openings of documents first, then places evenly spread."""
+    wanted, new = prepared.config.training.prompts, Sampling().new_tokens
+    windows = [window.input_ids[1:].tolist() for window in prepared.texts["validation"].windows]
+    length = min(PROMPT_TOKENS, max(map(len, windows)) or 1, max(1, prepared.base.context - new))
+    openings = [(ids[:length], ids[length : length + new]) for ids in windows if len(ids) >= length]
     if len(openings) >= wanted:
         return openings[:wanted]
-    return [places[round(index * (len(places) - 1) / max(1, wanted - 1))] for index in range(wanted)] if len(places) >= wanted else places
+    starts = [(ids, start) for ids in windows for start in range(0, len(ids) - length + 1, 2 * length)]
+    places = [(ids[start : start + length], ids[start + length : start + length + new]) for ids, start in starts]
+    return [places[round(index * (len(places) - 1) / max(1, wanted - 1))] for index in range(min(wanted, len(places)))]
 
 
 def _figures(samples: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -356,7 +357,8 @@ class ArmRun:
         write_json(self.folder / "documents.json", {split: {"tokens": s.document_tokens, "nats": s.document_nats} for split, s in scores.items()})
         samples = self.shared.sample()
         prompts = [self.prepared.base.tokenizer.decode(prompt) for prompt in self.shared.prompts]
-        content = {"prompts": prompts, "base": self.shared.samples, "trained": samples}
+        human = [self.prepared.base.tokenizer.decode(text) for text in self.shared.human]
+        content = {"prompts": prompts, "human": human, "base": self.shared.samples, "trained": samples}
         write_json(self.folder / "samples.json", content)
         write_text(self.folder / "samples.md", report.samples_page(f"{strategy}, seed {seed}", content))
         ledger = self.ledger

@@ -149,7 +149,9 @@ def _claim(pair: Pair) -> Path:
 # The study and its workers
 
 
-def compare(study: Study, run_dir: Path, workers: int, run: RunConfig, tell: Callable[[str], None] = lambda _: None) -> None:
+def compare(
+    study: Study, run_dir: Path, workers: int, run: RunConfig, tell: Callable[[str], None] = lambda _: None, *, keep_arms: bool = False
+) -> None:
     """Train every pair of a study that has no result yet.
 
     Args:
@@ -158,6 +160,7 @@ def compare(study: Study, run_dir: Path, workers: int, run: RunConfig, tell: Cal
         workers: Processes at a time; the cores are shared out among them.
         run: Says whether an earlier study of this name may be deleted.
         tell: Told about every pair that ends.
+        keep_arms: Let arms that are there already and not in this study stay; they are not trained.
 
     Raises:
         RunError: where the folder cannot be used, or the workers cannot even begin.
@@ -166,7 +169,7 @@ def compare(study: Study, run_dir: Path, workers: int, run: RunConfig, tell: Cal
     if run_dir.is_symlink() or (run_dir.exists() and not run_dir.is_dir()):
         raise RunError(f"{run_dir} is not a folder; give another --run_name")
     with folder.locked(run_dir):
-        _begin(study, run_dir, overwrite=run.overwrite)
+        _begin(study, run_dir, overwrite=run.overwrite, keep_arms=keep_arms)
         pairs = pairs_of(study, run_dir)
         for pair in pairs:
             (pair.folder / FAILED).unlink(missing_ok=True)  # tried again
@@ -174,13 +177,17 @@ def compare(study: Study, run_dir: Path, workers: int, run: RunConfig, tell: Cal
             _Workers(pairs, run_dir, workers, interrupts, tell).run()
 
 
-def _begin(study: Study, run_dir: Path, *, overwrite: bool) -> None:
+def _begin(study: Study, run_dir: Path, *, overwrite: bool, keep_arms: bool) -> None:
     """Write the study into its folder, or check that it is the one that is there."""
     file, content = run_dir / STUDY, as_json(study)
     if overwrite and file.exists():
         folder.empty(run_dir)
     if file.exists():
-        _check_same(file, as_json(from_json(file)), content)
+        before = as_json(from_json(file))
+        if keep_arms:
+            for name, cell in content["cells"].items():
+                cell["arms"] = before["cells"].get(name, cell)["arms"] | cell["arms"]
+        _check_same(file, before, content)
     elif any(entry.name not in (folder.LOCK, folder.HOLDER) and not entry.name.startswith(".") for entry in run_dir.iterdir()):
         raise RunError(f"{run_dir} exists already and is not a comparison; give another --run_name")
     sweep(run_dir)

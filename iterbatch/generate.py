@@ -81,7 +81,8 @@ def self_bleu(texts: Sequence[Sequence[int]]) -> float:
     if len(words) < 2:
         return 0.0
     bleu = BLEU(tokenize="none", effective_order=True, force=True)
-    return sum(bleu.sentence_score(text, words[:place] + words[place + 1 :]).score for place, text in enumerate(words)) / len(words)
+    judged = range(0, len(words), -(-len(words) // 50))  # some fifty of them, each against all others: the time is that of their product
+    return sum(bleu.sentence_score(words[place], words[:place] + words[place + 1 :]).score for place in judged) / len(judged)
 
 
 def text_metrics(texts: Sequence[Sequence[int]]) -> dict[str, float]:

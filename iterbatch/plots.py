@@ -83,7 +83,7 @@ def _repeats(arms: Arms, path: Path) -> None:
         if not length:
             continue
         passes = np.stack([seed["repeats"][:length] for seed in seeds]).mean(axis=0)
-        over_time.plot(np.arange(length), _smooth(passes), color=colour, label=strategy)
+        over_time.plot(np.arange(length), smooth(passes), color=colour, label=strategy)
         batches = np.concatenate(seeds)
         most = max(most, batches["repeats"].max(initial=1))
         shown = jitter.choice(batches, min(MOST_POINTS, len(batches)), replace=False)
@@ -107,7 +107,7 @@ def _losses_and_repeats(file: Path) -> np.ndarray:
     return np.fromiter(records, dtype=[("loss", "f8"), ("repeats", "i8")])
 
 
-def _smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
+def smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
     """Centred moving mean; narrower at the ends."""
     ones = np.ones(min(width, len(values)))
     return np.convolve(values, ones, mode="same") / np.convolve(np.ones(len(values)), ones, mode="same")

@@ -1,5 +1,6 @@
 """What a person at a terminal sees while a run goes and when it ends. Printing happens here and in :mod:`iterbatch.train` only."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from iterbatch import stats
 from iterbatch.arm import Listener
 from iterbatch.config import BenchConfig
+from iterbatch.errors import RunError
 from iterbatch.prepare import Plan
 from iterbatch.price import Placement, recommend
 from iterbatch.record import BatchRecord, EvalRecord
 from iterbatch.report import COLUMNS, StrategySummary, hint, plain
+from iterbatch.scores import CellScores
 from iterbatch.store import StoreInfo, stores_folder
 
 
@@ -167,3 +171,22 @@ def print_stores(console: Console, stores: list[StoreInfo]) -> None:
         table.add_row(*map(Text, cells))
     console.print(table)
     console.print(Text(f"{sum(each.gigabytes for each in stores):.3f} GB in all. iterbatch cache clear [KEY ...] frees it."))
+
+
+def print_power(console: Console, cells: list[CellScores], effect: float, power: float) -> None:
+    """The table of ``iterbatch power``."""
+    table = Table(title=Text(f"Seeds to find a difference of {effect:g} nats a token with a chance of {power:.0%}, at 5% two-sided"))
+    for column in ("cell", "arm", "seeds so far", "spread over seeds", "seeds needed"):
+        table.add_column(column, justify="left" if column in ("cell", "arm") else "right")
+    rows = 0
+    for cell in cells:
+        for each in cell.against_baseline:
+            if not math.isnan(each.deviation):
+                needed = stats.seeds_needed(each.deviation, effect, power)
+                shown = f"{needed:,}" if needed <= stats.MOST_SEEDS else f"more than {stats.MOST_SEEDS:,}"
+                table.add_row(*map(Text, (plain(cell.name), plain(each.arm), str(len(each.seeds)), f"{each.deviation:.4f}", shown)))
+                rows += 1
+    if not rows:
+        raise RunError("there is no arm with two seeds that the baseline has too; the spread over seeds cannot be known from fewer")
+    console.print(table)
+    console.print(Text("Spread: standard deviation over seeds of the difference of log test perplexity to the baseline. With few seeds it is rough."))

@@ -185,7 +185,10 @@ def study_of_flags(arguments: Sequence[str]) -> Study:
 
 def _words(settings: Settings) -> list[str]:
     """Settings as flags; ``${NAME}`` in a value stands for the environment's."""
-    return [os.path.expandvars(word) for key, value in settings.items() for word in flag_words(key, value)]
+    words = [os.path.expandvars(word) for key, value in settings.items() for word in flag_words(key, value)]
+    if missing := [name for word in words for name in re.findall(r"\$\{(\w+)\}", word)]:
+        raise ConfigError(f"the environment has no {missing[0]}, which a setting of the study names; set it")
+    return words
 
 
 def _check_name(source: _Source, place: tuple[str, ...], name: str) -> None:

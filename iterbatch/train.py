@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,9 @@ from iterbatch.flags import Group, TrainFlags, cli, parse_config
 COMMANDS = {
     "train": "train LLaMA + LoRA with every strategy and compare perplexity and cost",
     "compare": "train arms by seeds at the same budget, score them, and write a report",
+    "tune": "find the learning rate of every arm of a study, and write it into the study file",
+    "report": "write the report of a run or a comparison anew, from its records alone",
+    "power": "how many seeds it takes to find an effect, from the spread of a comparison",
     "generate": "continue a text with a trained adapter",
     "price": "measure what fresh passes and repeats cost on this machine, for several placements of the adapters",
     "cache": "show and free the activations that --reuse epoch keeps",
@@ -66,6 +69,43 @@ class _CompareFlags(TrainFlags):
     """Study file (YAML): settings, arms, cells."""
     workers: int = 1
     """Processes, each training one arm with one seed at a time; >= 1. The cores are shared out among them."""
+
+
+@dataclass(frozen=True)
+class _ReportFlags:
+    """Write report.html, report.md, metrics.csv and the figures of a run or a comparison anew, from its records alone."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of a run or a comparison."""
+    mauve: Path | None = None
+    """Local folder of a language model (Hugging Face format) to embed texts with, for MAUVE (pip install "iterbatch[mauve]")."""
+
+
+@dataclass(frozen=True)
+class _PowerFlags:
+    """How many seeds a paired comparison needs to find an effect, from the spread over the seeds of a comparison that was made."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of a comparison with at least two seeds."""
+    effect: float = 0.01
+    """Difference of log perplexity to be found, nats a token; > 0. 0.01 is about 1% of perplexity."""
+    power: float = 0.8
+    """Chance to find it; 0 < p < 1."""
+
+
+@dataclass(frozen=True)
+class _TuneFlags:
+    """Find the learning rate of every arm of a study: the same number of trials for each, from the same range; goes on where it stopped.
+
+    Needs pip install "iterbatch[tune]". The values found are written into the study file, which then says them for every arm.
+    """
+
+    study: tyro.conf.Positional[Path]
+    """Study file (YAML); its section tune says trials, low, high and seed."""
+    save_dir: Path = Path("results")
+    """Folder for the trials."""
+    workers: int = 1
+    """Processes, each training one trial at a time; >= 1."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +179,8 @@ def _dispatch(arguments: list[str], console: Console) -> int:
         return _work(rest)
     if command not in COMMANDS:
         raise ConfigError(f"unknown command '{command}'; choose from {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}")
-    return {"train": _train, "compare": _compare, "generate": _generate, "price": _price, "cache": _cache}[command](rest, console)
+    commands = {"train": _train, "compare": _compare, "tune": _tune, "report": _report, "power": _power}
+    return (commands | {"generate": _generate, "price": _price, "cache": _cache})[command](rest, console)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -178,7 +219,7 @@ def _compare(arguments: list[str], console: Console) -> int:
     if flags.workers < 1:
         raise ConfigError(f"--workers is {flags.workers}; it must be at least 1")
     _quiet_libraries()
-    from iterbatch import compare, prepare, progress, report
+    from iterbatch import compare, page, prepare, progress, report
     from iterbatch.study import load_study, study_of_flags
 
     words = _without(arguments, flags)
@@ -194,6 +235,54 @@ def _compare(arguments: list[str], console: Console) -> int:
         compare.compare(study, run_dir, flags.workers, flags.run, lambda text: console.print(Text(report.plain(text)), soft_wrap=True))
     except KeyboardInterrupt as stopped:
         console.print(Text("Stopped; pairs in training have made a checkpoint. The same command goes on."))
+        return getattr(stopped, "exit_code", EXIT_INTERRUPTED)
+    _print_answers(console, page.write(run_dir), run_dir)
+    return 0
+
+
+def _print_answers(console: Console, cells: list[Any], run_dir: Path) -> None:
+    from iterbatch import page, report
+
+    for cell in cells:
+        if cell.name:
+            console.print(Text(f"\n{report.plain(cell.name)}", style="bold"))
+        for answer in page.answers(cell):
+            console.print(Text(f"- {report.plain(answer)}"), soft_wrap=True)
+    console.print(Text(f"\nReport: {run_dir / 'report.html'}"), soft_wrap=True)
+
+
+def _report(arguments: list[str], console: Console) -> int:
+    flags: _ReportFlags = cli("report", _ReportFlags, arguments)
+    from iterbatch import page
+
+    _print_answers(console, page.write(flags.run_dir, flags.mauve), flags.run_dir)
+    return 0
+
+
+def _power(arguments: list[str], console: Console) -> int:
+    flags: _PowerFlags = cli("power", _PowerFlags, arguments)
+    problems = [] if flags.effect > 0 else [f"--effect is {flags.effect}; it must be above 0"]
+    problems += [] if 0 < flags.power < 1 else [f"--power is {flags.power}; it must be above 0 and below 1"]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    from iterbatch import progress
+    from iterbatch.scores import read_cells
+
+    progress.print_power(console, read_cells(flags.run_dir), flags.effect, flags.power)
+    return 0
+
+
+def _tune(arguments: list[str], console: Console) -> int:
+    flags: _TuneFlags = cli("tune", _TuneFlags, arguments)
+    if flags.workers < 1:
+        raise ConfigError(f"--workers is {flags.workers}; it must be at least 1")
+    _quiet_libraries()
+    from iterbatch import report, tune
+
+    try:
+        tune.tune(flags.study, flags.save_dir, flags.workers, lambda text: console.print(Text(report.plain(text)), soft_wrap=True))
+    except KeyboardInterrupt as stopped:
+        console.print(Text("Stopped. The same command goes on."))
         return getattr(stopped, "exit_code", EXIT_INTERRUPTED)
     return 0
 
