@@ -26,7 +26,7 @@ ARM_TRAINING = ("lr", "warmup", "weight_decay", "clip_norm")
 ARM_KNOBS = (*ARM_TRAINING, *(knob.name for knob in dataclasses.fields(StrategyConfig) if knob.name != "strategies"))
 DEFAULTS = {"match": "flops", "seeds": [0, 1, 2], "evals": 10, "prompts": 200, "log_with": "none"}  # where a comparison differs from a run
 SECTIONS = ("about", "settings", "arms", "cells", "tune")
-TUNING = {"trials": 8, "low": 1e-4, "high": 3e-2, "seed": 1000}
+TUNING: dict[str, Any] = {"trials": 8, "low": 1e-4, "high": 3e-2, "seed": 1000, "arms": []}  # arms: those to tune; none named: all
 Settings = dict[str, Any]
 
 
@@ -202,7 +202,17 @@ def _check_unit(source: _Source, place: tuple[str, ...], unit: Any) -> None:
 
 
 def _check_tune(source: _Source, tune: Settings) -> None:
+    names = tune["arms"] if isinstance(tune["arms"], list) else [tune["arms"]]
+    for name in names:
+        if name not in source.table("arms"):
+            allowed = source.table("arms")
+            source.complain(
+                ("tune", "arms"), f"unknown arm '{name}' to tune; this study's are {', '.join(allowed)}{did_you_mean(str(name), allowed)}"
+            )
+    tune["arms"] = names
     for name, default in TUNING.items():
+        if name == "arms":
+            continue
         value = tune[name]
         number = float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e[-+]?\d+", value) else value  # YAML takes 1e-4 for a word
         if isinstance(number, bool) or not isinstance(number, int | float) or number < 0 or (name in ("trials", "low", "high") and not number):

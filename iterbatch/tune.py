@@ -82,8 +82,16 @@ def _optional_packages() -> Iterator[None]:
 
 
 def _stages(study: Study) -> list[list[str]]:
-    """Arm names in groups: what an arm is made from is in an earlier group."""
-    arms, placed = {arm.name: arm for arm in study.cells[0].arms}, set[str]()
+    """Names of the arms to tune, in groups: what an arm is made from is in an earlier group.
+
+    Raises:
+        ConfigError: where it is not among those to tune.
+    """
+    wanted = study.tune["arms"] or [arm.name for arm in study.cells[0].arms]
+    arms, placed = {arm.name: arm for arm in study.cells[0].arms if arm.name in wanted}, set[str]()
+    for arm in arms.values():
+        if arm.source is not None and arm.source not in arms:
+            raise ConfigError(f"arm '{arm.name}' is made from '{arm.source}', which is not among the arms to tune; add it to tune: arms")
     stages = []
     while len(placed) < len(arms):
         ready = [name for name, arm in arms.items() if name not in placed and (arm.source is None or arm.source in placed)]
