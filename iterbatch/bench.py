@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from iterbatch import folder
+from iterbatch import folder, report
 from iterbatch.arm import ArmRun, Listener, Shared
 from iterbatch.checkpoint import remove_checkpoints
 from iterbatch.config import BenchConfig
@@ -85,6 +85,8 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
         for seed in config.training.seeds:
             for arm in arms:
                 _train(shared, arm, seed, listener, run_dir)
+                if shared.accelerator.is_main_process:
+                    report.write(run_dir)
     return run_dir
 
 

@@ -67,7 +67,7 @@ class Document:
     def of(cls, text: str, source: str | None = None, *, ends: bool = True) -> "Document":
         """Build a document; ``source`` is the text before detokenisation, where there was any."""
         source = text if source is None else source
-        return cls(text=text, words=len(re.split(r"\s+", source.strip())), bytes=len(source.encode("utf-8", "surrogatepass")), ends=ends)
+        return cls(text=text, words=len(re.split(r"\s+", source)), bytes=len(source.encode("utf-8", "surrogatepass")), ends=ends)
 
 
 def pieces(reads: Iterable[str]) -> Iterator[tuple[str, bool]]:
