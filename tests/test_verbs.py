@@ -1,0 +1,179 @@
+"""What controls ask of ``step``: each verb does what it says, and charges what it costs."""
+
+import pytest
+import torch
+from test_step import LR, Silent, _blocks
+
+from iterbatch.budget import Allowance, Ledger
+from iterbatch.config import StrategyConfig, make_config
+from iterbatch.cut import CutModel
+from iterbatch.data_loader import Batch, BatchStream
+from iterbatch.loop import fit
+from iterbatch.model import copy_adapter, flop_model, load_base, load_model, reset_adapter
+from iterbatch.processes import make_accelerator
+from iterbatch.step import StepSettings, TrainingStep, make_optimizer
+from iterbatch.strategy import STRATEGIES, make_strategy
+
+
+@pytest.fixture(params=["all", "top:1"])
+def make_step(tiny, request):
+    """Makes a step over a freshly reset adapter; with ``top:1`` there is a frozen prefix whose activations are kept."""
+    config = make_config(**tiny, lora_layers=request.param)
+    model = load_model(load_base(config), config.model)
+    model.train()
+    accelerator = make_accelerator("no")
+
+    def make(lr=LR, batches=40, unit="epochs", amount=None, clip=1.0):
+        reset_adapter(model, seed=1)
+        allowance = Allowance(unit, amount or batches, batches)
+        placed, optimizer = accelerator.prepare(CutModel(model), make_optimizer(model, lr, 0.0))
+        return TrainingStep(placed, optimizer, accelerator, flop_model(model), Ledger(), allowance, StepSettings(lr, clip_norm=clip))
+
+    return make
+
+
+def _batches(count, rows=2):
+    stream = BatchStream(_blocks(count * rows), rows, 1, seed=0)
+    return [next(stream) for _ in range(count)]
+
+
+def _same(one, two):
+    return all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+
+
+def test_scaled_is_a_pass_at_another_learning_rate(make_step):
+    seen, adapters = [], []
+    for lr, factor in ((LR, 2.0), (2 * LR, 1.0)):
+        step = make_step(lr)
+        for batch in _batches(3):
+            loss = step.scaled(batch, lambda loss, factor=factor: (seen.append(loss), factor)[1])
+            assert seen[-1] == pytest.approx(loss, rel=1e-6)
+        adapters.append((copy_adapter(step.model), step.learning_rate, step.ledger.flops_fresh))
+    assert _same(adapters[0][0], adapters[1][0])
+    assert adapters[0][1:] == pytest.approx(adapters[1][1:])
+    plain = make_step()
+    for batch in _batches(3):
+        plain(batch)
+    assert plain.ledger.flops == pytest.approx(adapters[0][2])  # the price of a fresh pass
+    assert not _same(copy_adapter(plain.model), adapters[0][0])
+
+
+def test_weighted_weighs_the_gradient_and_not_the_loss(make_step):
+    found = []
+    for weight in (1.0, 3.0):
+        step = make_step(clip=1e9)
+        batch = _batches(1)[0]
+        loss = step.weighted(batch, lambda _, weight=weight: weight)
+        found.append((loss, step.record([loss], 1).gradient_norm, step.ledger.flops))
+    assert found[0][0] == found[1][0]
+    assert 3 * found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    assert found[0][2] == found[1][2]
+
+
+def test_parts_are_small_batches_with_a_memory_as_long_in_tokens(make_step):
+    step, betas = make_step(), []
+    batch = _batches(1, rows=4)[0]
+    optimizer = step.optimizer.optimizer
+    real = optimizer.step
+    optimizer.step = lambda *given, **named: (betas.append(optimizer.param_groups[0]["betas"]), real(*given, **named))[1]
+    losses = [step.part(batch, number, 2) for number in range(2)]
+    assert betas == [(0.9, pytest.approx(0.99**0.5))] * 2
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+    assert (step.ledger.batches, step.ledger.updates) == (1, 2)
+    whole = make_step()
+    whole(batch)
+    assert step.ledger.flops == pytest.approx(whole.ledger.flops)  # no pass over a row more than once
+    assert step.ledger.tokens_trained == step.ledger.tokens_unique == whole.ledger.tokens_trained
+    assert step.record([sum(losses) / 2], 1).tokens == batch.label_tokens
+    small = make_step()
+    first = small(batch.part(0, 2))
+    assert losses[0] == pytest.approx(first, rel=1e-6)
+    assert losses[1] != pytest.approx(make_step()(batch.part(1, 2)), rel=1e-6)  # it follows the first part's update
+
+
+def test_forward_changes_nothing_and_its_prefix_serves_the_fresh_pass(make_step):
+    step, batch = make_step(), _batches(1)[0]
+    before = copy_adapter(step.model)
+    loss = step.forward(batch)
+    assert _same(before, copy_adapter(step.model))
+    assert (step.ledger.updates, step.ledger.batches) == (0, 0)
+    assert step(batch) == pytest.approx(loss, rel=1e-6)
+    shapes, model = batch.shapes, step.flop_model
+    assert step.ledger.flops == pytest.approx(model.forward(shapes) - model.prefix.of(shapes) + model.fresh(shapes))
+    assert step.ledger.flops_probe == pytest.approx(model.forward(shapes) - model.prefix.of(shapes))
+
+
+def test_a_batch_let_go_counts_and_costs_its_forward(make_step):
+    step, batch = make_step(), _batches(1)[0]
+    loss = step.forward(batch)
+    step.skip()
+    record = step.record([loss], 0, done=0)
+    assert (step.ledger.batches, step.ledger.updates, record.repeats_done) == (1, 0, 0)
+    assert record.flops == step.ledger.flops == pytest.approx(step.flop_model.forward(batch.shapes))
+
+
+def test_base_loss_is_the_untrained_models_and_is_paid_once_a_block(make_step):
+    step, batches = make_step(), _batches(2)
+    before = make_step().forward(batches[0])  # B is 0: the base's own loss
+    step = make_step(lr=0.1)
+    for _ in range(3):
+        step(batches[1])
+    step(batches[0])
+    trained = copy_adapter(step.model)
+    assert step.base_loss() == pytest.approx(before, rel=1e-5)
+    assert _same(trained, copy_adapter(step.model))
+    paid = step.ledger.flops_probe
+    assert paid == pytest.approx(step.flop_model.forward(batches[0].shapes) - step.flop_model.prefix.of(batches[0].shapes))
+    step(batches[0])
+    assert step.base_loss() == pytest.approx(before, rel=1e-5)
+    assert step.ledger.flops_probe == paid
+
+
+def test_a_held_batch_is_trained_later_at_the_price_of_a_repeat(make_step):
+    step, (first, second) = make_step(), _batches(2)
+    step(first)
+    held = step.hold()
+    step.begin()
+    loss = step(second)
+    state, spent = copy_adapter(step.model), step.ledger.flops
+    revisited = step.revisit(held)
+    assert step.ledger.flops - spent == pytest.approx(step.flop_model.repeat(first.shapes))
+    record = step.record([loss], 1)
+    assert record.revisited == [first.index]
+    assert not _same(state, copy_adapter(step.model))
+    again = step.again()  # the current batch is still the second
+    assert again < loss
+    step.release(held)
+    with pytest.raises(KeyError):
+        step.revisit(held)
+    twin = make_step()
+    twin(first)
+    twin(second)
+    twin_loss = twin(Batch(first.micro_batches, first.index, first.epoch))
+    assert revisited == pytest.approx(twin_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(("unit", "amount"), [("flops", None), ("updates", 13.0), ("tokens", 400.0), ("seconds", 0.5)])
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_no_arm_overspends_by_more_than_a_pass_and_all_end_decayed(make_step, name, unit, amount):
+    if make_step().model.cut and unit != "flops":
+        pytest.skip("one placement is enough")
+    batch = _batches(1)[0]
+    if unit == "flops":
+        amount = 9.3 * make_step().flop_model.fresh(batch.shapes)
+    step, watcher = make_step(batches=6, unit=unit, amount=amount), Silent()
+    stream = BatchStream(_blocks(24), 2, 1, seed=0)
+    step._batch_at = stream.batch
+    strategy = make_strategy(name, StrategyConfig(loss_threshold=3.0, max_repeats=3), seed=0, source=[3, 1, 2, 2])
+    fit(strategy, stream, step, step.ledger, step.allowance, watcher, evals=2)
+    ledger = step.ledger
+    spent = {"flops": ledger.flops, "updates": ledger.passes, "tokens": ledger.tokens_trained, "seconds": ledger.train_seconds}[unit]
+    one_pass = {
+        "flops": step.flop_model.fresh(batch.shapes),
+        "updates": 1,
+        "tokens": batch.label_tokens,
+        "seconds": 5 * max(record.seconds for record in watcher.records),
+    }[unit]
+    assert amount - one_pass <= spent <= amount + one_pass
+    assert step.learning_rate <= LR * (3 if name in ("scaled_lr", "higher_lr") else 1) * 0.2
+    assert sum(record.flops for record in watcher.records) == pytest.approx(ledger.flops)
