@@ -42,12 +42,11 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, sampl
     model.eval()
     ids = torch.tensor([list(prompt) for prompt in prompts], device=next(model.parameters()).device)
     options: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    options |= {"max_new_tokens": sampling.new_tokens, "use_cache": True, "remove_invalid_values": True}  # an adapter that diverged may give NaN
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(sampling.seed)
-        written = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=sampling.new_tokens, use_cache=True, pad_token_id=pad, **options
-        )
+        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=pad, **options)
     model.train(training)
     return [_until(row, tokenizer.eos_token_id) for row in written[:, ids.shape[1] :].tolist()]
 

@@ -70,6 +70,8 @@ def tune(path: Path, save_dir: Path, workers: int, tell: Tell = lambda _: None) 
     write_text(run_dir / "tuning.md", ledger.page(chosen))
     write_json(run_dir / "tuning.json", ledger.scores)
     tell(f"Learning rates written to {path}; the trials are in {run_dir / 'tuning.md'}")
+    if at_edge := [f"{cell}/{arm}".lstrip("/") for cell, rates in chosen.items() for arm, rate in rates.items() if ledger.at_edge(rate)]:
+        tell(f"At the edge of the range tried, so there may be better ones beyond it: {', '.join(at_edge)}. Widen tune: low, high in another study")
     return chosen
 
 
@@ -170,6 +172,10 @@ class _Ledger:
             found[arm] = min(good)[1]
         return found
 
+    def at_edge(self, rate: float) -> bool:
+        """Whether a rate is the lowest or the highest that was tried."""
+        return rate in (min(self.rates), max(self.rates))
+
     def page(self, chosen: dict[str, dict[str, float]]) -> str:
         """All trials, what was chosen, and the expected best of n."""
         tune = self.study.tune
@@ -190,7 +196,7 @@ class _Ledger:
                 cells = ["failed" if losses.get(rate) is None else f"{losses[rate]:.4f}" for rate in order]
                 expected = stats.expected_best([math.inf if loss is None else loss for _, loss in trials])
                 rate = chosen[cell.name][arm]
-                edge = " (edge)" if rate in (order[0], order[-1]) else ""
+                edge = " (edge)" if self.at_edge(rate) else ""
                 lines.append(f"| {markdown(arm)} | {rate:g}{edge} | {' | '.join(cells)} | {' | '.join(f'{value:.4f}' for value in expected)} |")
             lines.append("")
         return "\n".join(lines)
@@ -220,9 +226,9 @@ def _write_choices(path: Path, chosen: dict[str, dict[str, float]]) -> None:
     with _optional_packages():
         from ruamel.yaml import YAML
 
-    yaml = YAML()
-    yaml.width = 1000
-    content = yaml.load(path.read_text(encoding="utf-8-sig"))
+    editor = YAML(typ="rt")  # plain values only, as a safe loader's, with the comments between them
+    editor.width = 1000
+    content = editor.load(path.read_text(encoding="utf-8-sig"))
     for cell, rates in chosen.items():
         place = content
         if cell:
@@ -236,5 +242,5 @@ def _write_choices(path: Path, chosen: dict[str, dict[str, float]]) -> None:
                 arms[arm] = {}
             arms[arm]["lr"] = rate
     buffer = io.StringIO()
-    yaml.dump(content, buffer)
+    editor.dump(content, buffer)
     write_text(path, buffer.getvalue())

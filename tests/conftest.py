@@ -7,6 +7,9 @@ from tiny import make_tiny
 # Before any library is imported: no network, and no cache shared with the user's own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread a process: tests run side by side, and threads of busy processes wait for each other by spinning.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("ITERBATCH_DATA") or ROOT.parent / "shared" / "data")
