@@ -239,7 +239,7 @@ def _row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> dict[
         "p": "" if compared is None or compared.interval is None else f"{compared.p_adjusted:.3f}",
         "improvement": "" if compared is None else number(compared.improvement, 2),
         "verdict": "" if compared is None else compared.verdict,
-        "target": f"{1 / interval.estimate:.2f}" if reached == of and interval.estimate > 0 else f"missed ({reached} of {of})",
+        "target": _share(interval.estimate, reached, of) if arm.name != REFERENCE else "",
         "repeats": number(arm.mean("mean_repeats"), 2),
         "updates": number(arm.mean("updates"), 0),
         "fresh": number(arm.mean("tokens_unique"), 0),
@@ -247,6 +247,10 @@ def _row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> dict[
         "ratio": number(ratio, 2),
         "seconds": number(arm.mean("train_seconds"), 1),
     }
+
+
+def _share(speed_up: float, reached: int, of: int) -> str:
+    return f"{1 / speed_up:.2f}" if reached == of and speed_up > 0 else f"reached by {reached} of {of}"
 
 
 def _text_row(arm: ArmScores) -> dict[str, Any]:

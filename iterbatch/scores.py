@@ -32,6 +32,7 @@ QUESTIONS = (
     ("Does it matter, against draws from the same histogram?", "abr", "random"),
     ("Is it high-loss batches that deserve repeats?", "abr", "inverse"),
     ("Is difficulty beyond the base's a better signal than difficulty?", "excess", "abr"),
+    ("Does adaptivity matter, against the same number of passes for every batch?", "abr", "fixed"),
     ("Does adaptivity matter, against two passes for every batch?", "abr", "fixed2"),
     ("Does adaptivity matter, against three passes for every batch?", "abr", "fixed3"),
     ("Does adaptivity matter, against five passes for every batch?", "abr", "fixed5"),

@@ -4,8 +4,9 @@
     python studies/records.py unpack studies/records/pilot.parquet results/pilot
     iterbatch report results/pilot
 
-A file has one row a record file: its path in the study's folder, and its text. Adapters and figures are left out: pairs that are finished need neither to
-be reported, and are not trained again by ``iterbatch compare``. Folders named by the environment (``ITERBATCH_DATA``, ``HELDBACK``) are kept by that name.
+A file has one row a record file: its path in the study's folder, and its text. Adapters and figures are left out: pairs that are finished need
+neither to be reported, and are not trained again by ``iterbatch compare``. Folders named by the environment (``ITERBATCH_DATA``, ``HELDBACK``) are
+kept by that name.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from test_security import BROWSER, QUIET
 
 from iterbatch import bench, page
 from iterbatch.arm import ArmRun
@@ -178,7 +179,7 @@ def test_what_the_page_says(run_dir):
             assert metric in shown
     for link in re.findall(r'href="([^"#]+)"', html) + re.findall(r"\]\(([^)]+)\)", text.split("Runs: ")[1]):
         assert (run_dir / link).exists(), link
-    assert {match for match in re.findall(r'href="#([^"]+)"', html)} <= set(re.findall(r'id="([^"]+)"', html))
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(re.findall(r'id="([^"]+)"', html))
     assert not re.search(r"https?://(?!www\.w3\.org/)", html)  # nothing is fetched; namespaces are only names
     rows = (run_dir / "metrics.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + 12
@@ -329,7 +330,6 @@ def test_workers_that_cannot_begin_say_why(tiny_folder, tmp_path):
 
 # -- in a browser ------------------------------------------------------------------------------------------------------------------------------
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 MEASURE = """<script>
 addEventListener("load", () => setTimeout(() => {
   const figures = [...document.querySelectorAll("figure svg")].map(svg => svg.getBoundingClientRect());
@@ -337,20 +337,30 @@ addEventListener("load", () => setTimeout(() => {
     figures: figures.length,
     shown: figures.filter(box => box.width > 150 && box.height > 100).length,
     overflow: document.documentElement.scrollWidth - innerWidth,
-    wide: [...document.querySelectorAll("figure, p, li, h1, h2, h3, .scroll, summary")].filter(each => each.getBoundingClientRect().right > innerWidth + 1).length,
+    wide: [...document.querySelectorAll("figure, p, li, h1, h2, h3, .scroll, summary")]
+      .filter(each => each.getBoundingClientRect().right > innerWidth + 1).length,
     paper: getComputedStyle(document.body).backgroundColor,
     ink: getComputedStyle(document.querySelector("figure svg text, figure svg path, figure svg use")).color,
     title: document.title,
   }, "*");
 }, 200));
 </script></body>"""
-FRAME = """<!doctype html><meta charset="utf-8"><body style="margin:0"><iframe src="measured.html" width="{width}" height="900" style="border:0"></iframe>
+FRAME = """<!doctype html><meta charset="utf-8"><body style="margin:0">
+<iframe src="measured.html" width="{width}" height="900" style="border:0"></iframe>
 <script>addEventListener("message", event => document.body.dataset.found = JSON.stringify(event.data))</script></body>"""
 
 
 def _browse(page: Path, profile: Path, *flags: str) -> tuple[str, str]:
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", *flags, page.as_uri()]
+    command = [
+        BROWSER,
+        *QUIET,
+        f"--user-data-dir={profile}",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        *flags,
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=180, check=False)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 

@@ -1,9 +1,11 @@
 """Files that must agree with each other, and rules that hold over the whole source."""
 
 import ast
+import importlib
 import re
 import tomllib
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
@@ -56,7 +58,7 @@ def test_readme_commands(name):
     for command in ("pip install -c constraints.txt -e . && python train.py", 'pip install -c constraints.txt -e ".[test]" && pytest'):
         assert f"\n{command}\n" in text
     flags = set(re.findall(r"--([a-z][a-z_]+)", text))
-    assert flags <= set(knobs()) | {"prompt", "help", "strategy", "seed", "json"}
+    assert flags <= set(knobs()) | {"prompt", "help", "strategy", "seed", "json", "workers", "effect", "mauve"}
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
         assert (ROOT / target).exists(), target
 
@@ -117,3 +119,27 @@ def test_strategies_are_not_named_in_the_loop():
     for name in ("loop.py", "step.py"):
         source = (ROOT / "iterbatch" / name).read_text(encoding="utf-8")
         assert not re.search(r"[\"'](baseline|abr|learnable|window)[\"']", source)
+
+
+def test_packed_records_are_laid_out_again_and_name_no_folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    records = importlib.import_module("records")
+    monkeypatch.setenv("ITERBATCH_DATA", str(tmp_path / "data"))
+    run_dir = tmp_path / "results" / "study"
+    (run_dir / "abr/seed0").mkdir(parents=True)
+    (run_dir / "study.json").write_text(f'{{"data_dir": "{tmp_path}/data/casino", "save_dir": "{tmp_path}/results"}}', encoding="utf-8")
+    (run_dir / "abr/seed0/result.json").write_text('{"naïve": 1}\n', encoding="utf-8", newline="")
+    (run_dir / "abr/seed0/adapter.safetensors").write_bytes(b"\0")
+    assert records.pack(run_dir, tmp_path / "study.parquet") == 2
+    monkeypatch.setenv("ITERBATCH_DATA", "/elsewhere")
+    assert records.unpack(tmp_path / "study.parquet", tmp_path / "again") == 2
+    assert (tmp_path / "again/study.json").read_text(encoding="utf-8") == '{"data_dir": "/elsewhere/casino", "save_dir": "results"}'
+    assert (tmp_path / "again/abr/seed0/result.json").read_bytes() == (run_dir / "abr/seed0/result.json").read_bytes()
+    with pytest.raises(SystemExit, match="exists already"):
+        records.unpack(tmp_path / "study.parquet", tmp_path / "again")
+    monkeypatch.delenv("ITERBATCH_DATA")
+    with pytest.raises(SystemExit, match="has no ITERBATCH_DATA"):
+        records.unpack(tmp_path / "study.parquet", tmp_path / "third")
+    for file in (ROOT / "studies/records").glob("*.parquet"):
+        texts = pq.read_table(file).column("text").to_pylist()
+        assert not re.search(r'"?data_dir"?: "?/', "\n".join(text for text in texts if text.startswith("{") or "data_dir" in text)), file
