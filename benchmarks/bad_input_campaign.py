@@ -3,7 +3,7 @@
     python benchmarks/bad_input_campaign.py                 # 10,000 cases
     python benchmarks/bad_input_campaign.py --cases 500     # as many as the test suite draws
 
-Hypothesis draws flags, YAML files, data files, model folders, and the files of runs; a case that fails is shrunk and printed.
+Hypothesis draws flags, YAML files, study files, data files, model folders, and the files of runs; a case that fails is shrunk and printed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from iterbatch.config import knobs
 from iterbatch.train import main as iterbatch_main
 
 LIMIT_S = 10
-SHARES = {"flags": 0.3, "yaml": 0.3, "data": 0.24, "model": 0.12, "run": 0.04}  # of the cases
+SHARES = {"study": 0.1, "report": 0.05, "flags": 0.25, "yaml": 0.25, "data": 0.2, "model": 0.11, "run": 0.04}  # of the cases
 
 odd_text = st.one_of(
     st.text(max_size=30),
@@ -324,7 +324,70 @@ def run_case(ground: Ground) -> Callable[[], None]:
     return case
 
 
-KINDS = {"flags": flags_case, "yaml": yaml_case, "data": data_case, "model": model_case, "run": run_case}
+STUDY = """\
+settings: {data_dir: TEXT, max_train_tokens: 64, match: flops, seeds: [0, 1]}
+arms:
+  baseline:
+  abr: {loss_threshold: 1.5, lr: 1e-3}
+  twice: {strategy: fixed, max_repeats: 2}
+  permuted: {source: abr}
+tune: {trials: 2, low: 1e-4, high: 1e-2, arms: [baseline]}
+cells:
+  small: {batch_size: 1}
+  large: {batch_size: 2, arms: {abr: {lr: 2e-3}}}
+"""
+
+
+def study_case(ground: Ground) -> Callable[[], None]:
+    """Study files with a part of a good one replaced, anything at all, and damaged bytes; only planned."""
+    good = yaml.safe_load(STUDY.replace("TEXT", str(ground.text)))
+    places = [(section,) for section in good] + [(section, entry) for section in good for entry in good[section]]
+
+    @given(st.one_of(st.tuples(st.sampled_from(places), st.one_of(plain_yaml, odd_text), st.booleans()), plain_yaml, damages()))
+    def case(change: Any) -> None:
+        content = yaml.safe_dump(good, sort_keys=False).encode()
+        with ground.scratch() as folder:
+            file = folder / "study.yaml"
+            if isinstance(change, tuple) and isinstance(change[0], tuple):
+                (*outer, last), value, renamed = change
+                changed = json.loads(json.dumps(good))
+                inner = changed[outer[0]] if outer else changed
+                if renamed:
+                    inner[str(value)] = inner.pop(last)
+                else:
+                    inner[last] = value
+                content = yaml.safe_dump(changed, sort_keys=False).encode("utf-8", "surrogatepass")
+            elif not isinstance(change, tuple):
+                content = yaml.safe_dump(change).encode("utf-8", "surrogatepass")
+            file.write_bytes(content)
+            if isinstance(change, tuple) and isinstance(change[0], str):
+                damage(file, change)
+            attempt(["compare", str(file), *ground.base, "--save_dir", str(ground.runs), "--dry_run"])
+        ground.unharmed()
+
+    return case
+
+
+def report_case(ground: Ground) -> Callable[[], None]:
+    """A finished run with a damaged file, told from its records; now and then with its figures, which take seconds."""
+    done = ground.runs / "done"
+    files = sorted(str(file.relative_to(done)) for file in done.rglob("*") if file.is_file())
+
+    @given(st.sampled_from(files), damages(), st.integers(0, 9))
+    def case(name: str, how: tuple[str, int, bytes], figures: int) -> None:
+        with ground.scratch() as folder:
+            run = folder / "run"
+            shutil.copytree(done, run)
+            damage(run / name, how)
+            attempt(["power", str(run)])
+            if figures == 0:
+                attempt(["report", str(run)])
+        ground.unharmed()
+
+    return case
+
+
+KINDS = {"study": study_case, "report": report_case, "flags": flags_case, "yaml": yaml_case, "data": data_case, "model": model_case, "run": run_case}
 
 
 def campaign(ground: Ground, kind: str, cases: int, *, seed: int | None = None) -> None:

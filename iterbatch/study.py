@@ -202,12 +202,13 @@ def _check_unit(source: _Source, place: tuple[str, ...], unit: Any) -> None:
 
 
 def _check_tune(source: _Source, tune: Settings) -> None:
-    names = tune["arms"] if isinstance(tune["arms"], list) else [tune["arms"]]
+    given = tune["arms"] or []
+    names = [str(name) for name in (given if isinstance(given, list) else [given])]
     for name in names:
         if name not in source.table("arms"):
             allowed = source.table("arms")
             source.complain(
-                ("tune", "arms"), f"unknown arm '{name}' to tune; this study's are {', '.join(allowed)}{did_you_mean(str(name), allowed)}"
+                ("tune", "arms"), f"unknown arm '{name}' to tune; this study's are {', '.join(allowed)}{did_you_mean(name, allowed)}"
             )
     tune["arms"] = names
     for name, default in TUNING.items():

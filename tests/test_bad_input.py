@@ -4,7 +4,7 @@ import bad_input_campaign
 import pytest
 import torch
 
-CASES = {"flags": 150, "yaml": 150, "data": 120, "model": 60, "run": 20}
+CASES = {"study": 80, "report": 20, "flags": 150, "yaml": 150, "data": 120, "model": 60, "run": 20}
 
 
 @pytest.fixture(scope="module")
