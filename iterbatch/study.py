@@ -207,9 +207,7 @@ def _check_tune(source: _Source, tune: Settings) -> None:
     for name in names:
         if name not in source.table("arms"):
             allowed = source.table("arms")
-            source.complain(
-                ("tune", "arms"), f"unknown arm '{name}' to tune; this study's are {', '.join(allowed)}{did_you_mean(name, allowed)}"
-            )
+            source.complain(("tune", "arms"), f"unknown arm '{name}' to tune; this study's are {', '.join(allowed)}{did_you_mean(name, allowed)}")
     tune["arms"] = names
     for name, default in TUNING.items():
         if name == "arms":

@@ -234,6 +234,25 @@ def test_folders_with_nothing_to_report(tmp_path, run_dir, capsys):
     assert "Traceback" not in said
 
 
+def test_mauve_needs_its_package_and_a_model_and_then_scores_every_arm(run_dir, tmp_path, capsys, monkeypatch):
+    import types
+
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    assert main(["report", str(run_dir), "--mauve", str(tmp_path)]) == 2
+    assert 'pip install "iterbatch[mauve]"' in " ".join(capsys.readouterr().err.split())
+    stand_in = types.ModuleType("mauve")  # tells only whether the texts were embedded side by side
+    stand_in.compute_mauve = lambda p_features, q_features, **_: types.SimpleNamespace(mauve=float(len(p_features) == len(q_features) == 2))
+    monkeypatch.setitem(sys.modules, "mauve", stand_in)
+    assert main(["report", str(run_dir), "--mauve", str(tmp_path)]) == 2
+    assert "has no config.json" in " ".join(capsys.readouterr().err.split())
+    copy = tmp_path / "study"
+    shutil.copytree(run_dir, copy)
+    model = json.loads((copy / "study.json").read_text(encoding="utf-8"))["cells"][""]["config"]["model_name"]
+    assert main(["report", str(copy), "--mauve", model]) == 0
+    row = next(line for line in (copy / "report.md").read_text(encoding="utf-8").splitlines() if line.startswith("| abr | sampled |"))
+    assert " 1.000 " in row
+
+
 def test_power(run_dir, capsys):
     assert main(["power", str(run_dir), "--effect", "0.02"]) == 0
     said = capsys.readouterr().out
