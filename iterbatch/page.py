@@ -141,17 +141,19 @@ def _best(cell: CellScores) -> list[str]:
         return ["No other arm has finished a seed that the baseline has finished."]
     best = min(found, key=lambda each: each.estimate)
     if best.estimate >= 0:
-        return [
-            f"For {budget}, no arm has a lower test perplexity than the baseline; nearest is {best.arm}, {interval_words(best)} ({_percent(best)})."
-        ]
-    lead = f"For {budget}, {best.arm} has the lowest test perplexity: {interval_words(best)} nats a token against the baseline ({_percent(best)})"
-    if best.interval is None:
-        return [f"{lead}; with fewer than two seeds there is no interval, and this may be chance."]
-    if best.verdict == "better":
-        others = [each.arm for each in found if each.verdict == "better" and each.arm != best.arm]
-        also = f" Also better: {', '.join(others)}." if others else ""
-        return [f"{lead}; p = {best.p_adjusted:.3f} after Holm's correction.{also}"]
-    return [f"{lead}, but no arm differs from the baseline by more than chance (p = {best.p_adjusted:.3f} after Holm's correction)."]
+        said = (
+            f"For {budget}, no arm has a lower test perplexity than the baseline; nearest is {best.arm}, {size}."
+        )
+    else:
+        said = f"For {budget}, {best.arm} has the lowest test perplexity: {size}"
+        said += {
+            "no interval": "; with fewer than two seeds there is no interval, and this may be chance.",
+            "better": f"; p = {best.p_adjusted:.3f} after Holm's correction.",
+        }.get(best.verdict, f", which may be chance (p = {best.p_adjusted:.3f} after Holm's correction).")
+    for verdict in ("better", "worse"):
+        arms = [each.arm for each in found if each.verdict == verdict and (each.arm != best.arm or verdict == "worse")]
+        said += f" {verdict.capitalize()} than the baseline beyond chance: {', '.join(arms)}." if arms else ""
+    return [said]
 
 
 def _target_words(cell: CellScores) -> str:
