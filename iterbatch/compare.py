@@ -109,7 +109,8 @@ def _work_on(cell: Cell, pairs: list[Pair], where: Path) -> None:
 
 def _claim_in_turn(pairs: list[Pair]) -> Generator[Pair]:
     """Pairs one at a time, each held against other workers until the next is asked for."""
-    while True:
+    parent = os.getppid()
+    while os.getppid() == parent:  # without one nobody records a crash
         waiting = False
         for pair in pairs:
             if pair.ended:
@@ -118,23 +119,23 @@ def _claim_in_turn(pairs: list[Pair]) -> Generator[Pair]:
             if source is not None and not source.ended:
                 waiting = True
                 continue
-            lock = FileLock(_claim(pair).with_suffix(".lock"), blocking=False)
-            try:
-                lock.acquire()
-            except Timeout:
-                continue
-            try:
+            with contextlib.ExitStack() as held:
+                try:
+                    held.enter_context(FileLock(_claim(pair).with_suffix(".lock"), blocking=False))
+                except Timeout:
+                    continue
                 if pair.ended:
                     continue
-                if source is not None and (source.folder / FAILED).exists():
+                if _claim(pair).exists():  # of a worker that crashed, whose end is still to be recorded
+                    waiting = True
+                    continue
+                if source is not None and broken(source):
                     pair.fail(f"it is made from {source.name}, which failed")
                     continue
                 write_json(_claim(pair), {"pid": os.getpid()})
+                held.callback(_claim(pair).unlink, missing_ok=True)
                 yield pair
                 break  # from the first pair again: what it waited for may be there now
-            finally:
-                _claim(pair).unlink(missing_ok=True)
-                lock.release()
         else:
             if not waiting:
                 return
@@ -173,6 +174,7 @@ def compare(
         pairs = pairs_of(study, run_dir)
         for pair in pairs:
             (pair.folder / FAILED).unlink(missing_ok=True)  # tried again
+            _claim(pair).unlink(missing_ok=True)
         with Interrupts() as interrupts:
             _Workers(pairs, run_dir, workers, interrupts, tell).run()
 
@@ -240,6 +242,7 @@ class _Workers:
                     if process.poll() is not None:
                         del self.running[number]
                         self._ended(number, process)
+            self.interrupts.check()  # workers get a terminal's Ctrl-C too, and may all have stopped by themselves
         finally:
             for process in self.running.values():
                 process.kill()
@@ -265,8 +268,7 @@ class _Workers:
         self._tell_news()
         last = self._log(number).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
         if not claimed:
-            for other in self.running.values():
-                other.terminate()
+            self._terminate()
             raise RunError("a worker could not begin:\n" + "\n".join(last))
         if any(not pair.ended for pair in self.pairs):
             self._start(number)
@@ -283,12 +285,24 @@ class _Workers:
         Raises:
             Stopped: always.
         """
+        self._terminate()
+        raise Stopped(self.interrupts.requested or signal.SIGTERM)
+
+    def _terminate(self) -> None:
         for process in self.running.values():
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
         for process in self.running.values():
             process.wait()
         self.running.clear()
-        raise Stopped(self.interrupts.requested or signal.SIGTERM)
+
+
+def broken(pair: Pair) -> bool:
+    """Whether a pair has crashed or diverged."""
+    if (pair.folder / FAILED).exists():
+        return True
+    from iterbatch.report import read_result
+
+    return bool(read_result(pair.folder).get("stopped"))
 
 
 def _claimed_by(pair: Pair, pid: int) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from iterbatch.plots import PALETTE, smooth
 from iterbatch.record import BatchRecord, whole_or_not
-from iterbatch.scores import AXES, ArmScores, CellScores, batches_of
+from iterbatch.scores import AXES, REFERENCE, ArmScores, CellScores, batches_of
 
 INK = "#010203"  # drawn in this, shown in the page's own text colour
 STYLES = ("-", "--", ":")
@@ -47,13 +47,13 @@ def draw(cell: CellScores, folder: Path) -> list[Drawing]:
         (
             "differences",
             "Difference to the baseline",
-            "Log perplexity on the test split, arm minus baseline with the same seed. Left of 0 is better; a bar that covers 0 shows no difference.",
+            "Log perplexity on the test split, arm minus baseline with the same seed. Left of 0 is better. Each bar is for its arm alone.",
             lambda axes: _forest(axes, cell),
         ),
         (
             "time_to_target",
             "Compute to reach the baseline's perplexity",
-            "FLOPs until the baseline's mean final validation loss, as a share of what the baseline spends. No bar: missed with at least one seed.",
+            "FLOPs until the baseline's mean final validation loss, as a share of what the baseline spends. No bar: not reached with every seed.",
             lambda axes: _to_target(axes, cell),
         ),
         (
@@ -190,12 +190,14 @@ def _to_target(axes: Any, cell: CellScores) -> bool:
         return False
     for place, arm in zip(_rows(axes, [arm.name for arm in cell.arms]), cell.arms, strict=True):
         interval, reached, of = cell.to_target(arm.name)
-        if reached == of and interval.estimate > 0:
+        if arm.name == REFERENCE:
+            axes.barh(place, 1, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8)
+        elif reached == of and interval.estimate > 0:
             axes.barh(place, 1 / interval.estimate, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8)
             if np.isfinite(interval.low):
                 axes.plot([1 / interval.high, 1 / interval.low], [place, place], color=INK, linewidth=1)
         else:
-            axes.text(0.01, place, f"missed with {of - reached} of {of} seeds", va="center", fontsize=8, color=INK)
+            axes.text(0.01, place, f"reached with {reached} of {of} seeds", va="center", fontsize=8, color=INK)
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set(xlabel="FLOPs to target, share of the baseline's", xlim=(0, None))
     return True

@@ -97,7 +97,9 @@ def number(value: float, digits: int = 3) -> str:
 
 def signed(value: float) -> str:
     """A difference of log perplexity."""
-    return "∞" if math.isinf(value) else "-" if math.isnan(value) else f"{value:+.4f}"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return "-" if math.isnan(value) else f"{value:+.4f}"
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -138,12 +140,13 @@ def _best(cell: CellScores) -> list[str]:
     budget = "the same epochs, at different cost" if unit == "epochs" else f"the same {unit}"
     found = [each for each in cell.against_baseline if math.isfinite(each.estimate)]
     if not found:
-        return ["No other arm has finished a seed that the baseline has finished."]
+        failed = [str(each.seed) for arm in cell.arms if arm.name == REFERENCE for each in arm.failures]
+        why = f"the baseline failed with seed {', '.join(failed)}" if failed else "no other arm has finished a seed that the baseline has finished"
+        return [f"There is nothing to compare: {why}."]
     best = min(found, key=lambda each: each.estimate)
+    size = f"{interval_words(best)} nats a token against the baseline ({_percent(best)})"
     if best.estimate >= 0:
-        said = (
-            f"For {budget}, no arm has a lower test perplexity than the baseline; nearest is {best.arm}, {size}."
-        )
+        said = f"For {budget}, no arm has a lower test perplexity than the baseline; nearest is {best.arm}, {size}."
     else:
         said = f"For {budget}, {best.arm} has the lowest test perplexity: {size}"
         said += {
@@ -163,13 +166,17 @@ def _target_words(cell: CellScores) -> str:
             continue
         interval, reached, of = cell.to_target(arm.name)
         if reached < of:
-            missed_by.append(arm.name if reached == 0 else f"{arm.name} (with {of - reached} of {of} seeds)")
+            missed_by.append(f"{arm.name} ({reached} of {of})")
         else:
             between = "" if math.isnan(interval.low) else f" [{1 / interval.high:.2f}, {1 / interval.low:.2f}]"
             reached_by.append(f"{arm.name} {1 / interval.estimate:.2f}{between}")
     level = f"{math.exp(cell.target):.2f}" if not math.isnan(cell.target) else "-"
-    found = "; ".join([*reached_by, *([f"missed by {', '.join(missed_by)}"] if missed_by else [])])
-    return f"FLOPs to reach the baseline's validation perplexity ({level}), as a share of the baseline's: {found or 'no other arm'}."
+    _, own, seeds = cell.to_target(REFERENCE)
+    found = "; ".join([*reached_by, *([f"not reached with every seed: {', '.join(missed_by)}"] if missed_by else [])])
+    return (
+        f"FLOPs to reach the baseline's mean validation perplexity ({level}, which the baseline itself reaches with {own} of {seeds} seeds), as a "
+        f"share of the baseline's: {found or 'no other arm'}."
+    )
 
 
 def _verdict(each: Comparison) -> str:
@@ -179,6 +186,8 @@ def _verdict(each: Comparison) -> str:
         "worse": f"No, the other way round: {what}, p = {each.p_adjusted:.3f}.",
         "no difference found": f"No difference found: {what}, p = {each.p_adjusted:.3f}.",
         "no interval": f"Not decided, fewer than two seeds: {what}.",
+        "trained alike": f"Not tested: {each.arm} and {each.reference} trained alike, to the last digit.",
+        "reference failed": f"{each.reference} failed with a seed that {each.arm} finished.",
         "failed": f"{each.arm} failed with a seed that {each.reference} finished.",
     }
     return words[each.verdict]
@@ -191,14 +200,14 @@ def _text_words(cell: CellScores) -> list[str]:
         return []
     rep = {arm.name: arm.nested("text", "sampled", "rep_4") for arm in [baseline, *compared]}
     varied = {arm.name: arm.nested("text", "sampled", "distinct_2") for arm in [baseline, *compared]}
-    own = [value for arm in cell.arms for value in _seed_values(arm, "distinct_2")]
-    noise = statistics.stdev(own) if len(own) > 1 else math.nan
+    within = [statistics.variance(values) for arm in cell.arms if len(values := _seed_values(arm, "distinct_2")) > 1]
+    noise = math.sqrt(statistics.fmean(within)) if within else math.nan
     others = [name for name in rep if name != REFERENCE]
     least, most = (choose(others, key=lambda name: varied[name]) for choose in (min, max))
     low, high = (choose(rep[name] for name in others) for choose in (min, max))
     return [
         f"Sampled text: distinct-2 is {number(varied[REFERENCE])} for the baseline, and {number(varied[least])} ({least}) to "
-        f"{number(varied[most])} ({most}) for the others, where single runs spread by {number(noise)}; rep-4 is {number(rep[REFERENCE])}, "
+        f"{number(varied[most])} ({most}) for the others, where seeds of one arm spread by {number(noise)}; rep-4 is {number(rep[REFERENCE])}, "
         f"and {number(low)} to {number(high)} for the others."
     ]
 
@@ -341,7 +350,8 @@ def _notes(cell: CellScores) -> list[str]:
         others = ", ".join(f"{name} {share:.1%}" for name, share in coverage.items() if name != method)
         notes.append(
             f"95% intervals by the method '{method}', chosen by simulation with this study's own numbers of seeds and documents and its own "
-            f"variances: it held the truth in {coverage[method]:.1%} of simulated studies ({others})."
+            f"variances: it held the truth in {coverage[method]:.1%} of simulated studies ({others}). Each interval is for its difference alone; "
+            "p-values and verdicts are corrected for the number of arms, or of controls."
         )
     if cell.skipped_lines:
         notes.append(f"{cell.skipped_lines} lines of records could not be read (cut off, damaged, or of another version) and were skipped.")

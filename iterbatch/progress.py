@@ -176,17 +176,25 @@ def print_stores(console: Console, stores: list[StoreInfo]) -> None:
 def print_power(console: Console, cells: list[CellScores], effect: float, power: float) -> None:
     """The table of ``iterbatch power``."""
     table = Table(title=Text(f"Seeds to find a difference of {effect:g} nats a token with a chance of {power:.0%}, at 5% two-sided"))
-    for column in ("cell", "arm", "seeds so far", "spread over seeds", "seeds needed"):
+    for column in ("cell", "arm", "seeds so far", "spread over seeds", "error from documents", "seeds needed"):
         table.add_column(column, justify="left" if column in ("cell", "arm") else "right")
     rows = 0
     for cell in cells:
         for each in cell.against_baseline:
             if not math.isnan(each.deviation):
-                needed = stats.seeds_needed(each.deviation, effect, power)
-                shown = f"{needed:,}" if needed <= stats.MOST_SEEDS else f"more than {stats.MOST_SEEDS:,}"
-                table.add_row(*map(Text, (plain(cell.name), plain(each.arm), str(len(each.seeds)), f"{each.deviation:.4f}", shown)))
+                documents = cell.documents(each.arm)
+                needed = stats.seeds_needed(each.deviation, effect, power, document_error=each.document_error, documents=documents)
+                shown = f"{needed:,}" if needed <= stats.MOST_SEEDS else "more text" if each.document_error else f"more than {stats.MOST_SEEDS:,}"
+                figures = (str(len(each.seeds)), f"{each.deviation:.4f}", f"{each.document_error:.4f}", shown)
+                table.add_row(*map(Text, (plain(cell.name), plain(each.arm), *figures)))
                 rows += 1
     if not rows:
         raise RunError("there is no arm with two seeds that the baseline has too; the spread over seeds cannot be known from fewer")
     console.print(table)
-    console.print(Text("Spread: standard deviation over seeds of the difference of log test perplexity to the baseline. With few seeds it is rough."))
+    console.print(
+        Text(
+            "Spread: standard deviation over seeds of the difference of log test perplexity to the baseline; with few seeds it is rough. Error from "
+            "documents: what no number of seeds takes away; where it hides the effect, score on more text (--max_eval_tokens). For one arm alone: "
+            "with several, Holm's correction asks for more."
+        )
+    )

@@ -28,14 +28,14 @@ SPLITS = ("test", "validation")
 # What each control answers: the question, the arm whose claim is examined, the control it must beat.
 QUESTIONS = (
     ("Does ABR beat training every batch once?", "abr", "baseline"),
-    ("Does the loss signal matter?", "abr", "permuted"),
+    ("Does the loss signal matter (which batches are repeated, and when)?", "abr", "permuted"),
     ("Does it matter, against draws from the same histogram?", "abr", "random"),
     ("Is it high-loss batches that deserve repeats?", "abr", "inverse"),
     ("Is difficulty beyond the base's a better signal than difficulty?", "excess", "abr"),
-    ("Does adaptivity matter, against the same number of passes for every batch?", "abr", "fixed"),
-    ("Does adaptivity matter, against two passes for every batch?", "abr", "fixed2"),
-    ("Does adaptivity matter, against three passes for every batch?", "abr", "fixed3"),
-    ("Does adaptivity matter, against five passes for every batch?", "abr", "fixed5"),
+    ("Does ABR beat the same number of passes for every batch?", "abr", "fixed"),
+    ("Does ABR beat two passes for every batch?", "abr", "fixed2"),
+    ("Does ABR beat three passes for every batch?", "abr", "fixed3"),
+    ("Does ABR beat five passes for every batch?", "abr", "fixed5"),
     ("Is it more than a larger learning rate on the same batches?", "abr", "scaled_lr"),
     ("Is it more than a larger learning rate everywhere?", "abr", "higher_lr"),
     ("Is it more than a weight on the loss?", "abr", "weighted"),
@@ -117,19 +117,22 @@ class Comparison:
     reference: str
     seeds: list[int]  # that both have
     interval: stats.Interval | None  # of the difference of log perplexity on the test split; None where there are fewer than 2 seeds
-    estimate: float  # infinity where the arm failed with a seed that the reference finished
+    estimate: float  # infinity where the arm failed with a seed that the reference finished, minus infinity the other way round
     validation: float  # the same on the validation split
     deviation: float  # over seeds; NaN with one
     improvement: float  # probability of improvement
+    document_error: float = math.nan  # part of the estimate's standard error that comes from few documents, whatever the number of seeds
     p_adjusted: float = math.nan
 
     @property
     def verdict(self) -> str:
         """In a word: better, worse, or no difference found."""
         if math.isinf(self.estimate):
-            return "failed"
+            return "failed" if self.estimate > 0 else "reference failed"
         if self.interval is None:
             return "no interval"
+        if self.interval.low == self.interval.high == 0:
+            return "trained alike"
         if math.isnan(self.p_adjusted) or self.p_adjusted >= 0.05:
             return "no difference found"
         return "better" if self.estimate < 0 else "worse"
@@ -196,20 +199,21 @@ class CellScores:
     def compare(self, name: str, other: str = REFERENCE) -> Comparison | None:
         """One arm against another, paired by seed; None where one of them is not there or no seed is in both."""
         arm, reference = self.arm(name), self.arm(other)
-        pairs = self._pairs(name, other, "test")
-        if arm is None or reference is None or not (pairs or arm.failures):
+        if arm is None or reference is None:
             return None
+        pairs = self._pairs(name, other, "test")
         seeds = [one.seed for one, _ in pairs]
-        broken = {each.seed for each in arm.failures} & {each.seed for each in reference.finished}
-        if broken:
-            return Comparison(name, other, seeds, None, math.inf, math.inf, math.nan, 0.0)
+        improvement = stats.probability_of_improvement([each.loss("test") for each in arm.seeds], [each.loss("test") for each in reference.seeds])
+        for one, two, estimate in ((arm, reference, math.inf), (reference, arm, -math.inf)):
+            if {each.seed for each in one.failures} & {each.seed for each in two.finished}:
+                return Comparison(name, other, seeds, None, estimate, estimate, math.nan, improvement)
         if not pairs:
             return None
         ours, theirs = (np.array([each.documents["test"][0] for each in side]) for side in zip(*pairs, strict=True))
         tokens = pairs[0][0].documents["test"][1]
         interval = stats.compare(ours, theirs, tokens, self.method[0]) if len(pairs) > 1 else None
         by_seed = [(one.loss("test") - two.loss("test"), one.loss("validation") - two.loss("validation")) for one, two in pairs]
-        improvement = stats.probability_of_improvement([each.loss("test") for each in arm.seeds], [each.loss("test") for each in reference.seeds])
+        table = stats.difference(ours, theirs, tokens)[1]
         return Comparison(
             name,
             other,
@@ -219,7 +223,13 @@ class CellScores:
             statistics.fmean(validation for _, validation in by_seed),
             statistics.stdev(test for test, _ in by_seed) if len(by_seed) > 1 else math.nan,
             improvement,
+            math.sqrt(stats.components(table)[1] / table.shape[1]) if len(pairs) > 1 else math.nan,
         )
+
+    def documents(self, name: str) -> int:
+        """Documents of the test split that an arm was scored on; 0 where it finished no seed."""
+        arm = self.arm(name)
+        return next((len(each.documents["test"][0]) for each in arm.finished if "test" in each.documents), 0) if arm else 0
 
     @cached_property
     def against_baseline(self) -> list[Comparison]:
@@ -228,10 +238,11 @@ class CellScores:
 
     @cached_property
     def questions(self) -> list[tuple[str, Comparison]]:
-        """What the controls that are there answer, p-values adjusted for the number of questions."""
-        asked = [(question, self.compare(arm, control)) for question, arm, control in QUESTIONS]
-        found = [(question, each) for question, each in asked if each is not None]
-        return list(zip([question for question, _ in found], _adjusted([each for _, each in found]), strict=True))
+        """What the controls that are there answer; p-values adjusted for the number of controls, or of arms where the baseline is the control."""
+        known = {(each.arm, each.reference): each for each in self.against_baseline}
+        asked = [self.compare(arm, control) for _, arm, control in QUESTIONS if control != REFERENCE]
+        known |= {(each.arm, each.reference): each for each in _adjusted(asked)}
+        return [(question, known[arm, control]) for question, arm, control in QUESTIONS if (arm, control) in known]
 
     # -- time to target ----------------------------------------------------------------------------------------------------------------
 
@@ -288,6 +299,8 @@ def _seed(where: Path) -> SeedScores:
     result = read_result(where)
     evals, skipped = tolerant(where / "evals.jsonl", EvalRecord)
     failed = str(result["stopped"]) if result.get("stopped") else None
+    if failed is None and None in (result["val_ppl"], result["test_ppl"]):
+        failed = "its final loss is not finite"
     return SeedScores(seed, where, result, evals, _documents(where), failed, skipped)
 
 

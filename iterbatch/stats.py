@@ -279,20 +279,29 @@ def speed_up(reference: Sequence[float], costs: Sequence[float]) -> Interval:
     return Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half), p, "t")
 
 
-def seeds_needed(deviation: float, effect: float, power: float = 0.8, level: float = LEVEL) -> int:
-    """Fewest seeds with which a paired t test finds an effect with this power; at least 2, ``MOST_SEEDS`` + 1 where more than that are needed.
+def seeds_needed(deviation: float, effect: float, power: float = 0.8, level: float = LEVEL, document_error: float = 0.0, documents: int = 2) -> int:
+    """Fewest seeds with which :func:`t_interval` finds an effect with this power; at least 2, ``MOST_SEEDS`` + 1 where more than that are needed.
 
     Args:
         deviation: Standard deviation over seeds of the paired difference.
         effect: To be found, in the same unit, above 0.
         power: Chance to find it.
         level: One minus the chance to find one that is not there.
+        document_error: Standard error from few documents, which no number of seeds takes away; 0 is the paired t test.
+        documents: Their number.
     """
     if not effect > 0:
         raise ValueError(f"an effect of {effect} cannot be looked for; it must be above 0")
+    from_documents = document_error * float(stats.t.ppf((1 + level) / 2, documents - 1))
     for seeds in range(2, MOST_SEEDS + 1):
         critical = stats.t.ppf((1 + level) / 2, seeds - 1)
         shift = effect / max(deviation, 1e-300) * math.sqrt(seeds)
+        if document_error > 0:  # normal, with both parts of the interval's width as they are on average
+            error = deviation / math.sqrt(seeds)
+            half, spread = math.hypot(critical * error, from_documents), math.hypot(error, document_error)
+            if stats.norm.cdf((effect - half) / spread) >= power:
+                return seeds
+            continue
         if stats.nct.sf(critical, seeds - 1, min(shift, 1e3)) + stats.nct.cdf(-critical, seeds - 1, min(shift, 1e3)) >= power:
             return seeds
     return MOST_SEEDS + 1

@@ -115,7 +115,9 @@ class _Source:
 
     def complain(self, place: tuple[str, ...], message: str, line: int | None = None) -> None:
         line = line or next((self.lines[place[:size]] for size in range(len(place), 0, -1) if place[:size] in self.lines), None)
-        self.problems.append(f"{self.path}{f', line {line}' if line else ''}: {message}")
+        problem = f"{self.path}{f', line {line}' if line else ''}: {message}"
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def table(self, *place: str) -> Settings:
         """The mapping at a place, empty where there is none."""
@@ -164,7 +166,8 @@ def load_study(path: Path, arguments: Sequence[str] = ()) -> Study:
             source.check_keys(("cells", cell, "arms", arm), ("strategy", *ARM_KNOBS), "setting of an arm")
     _check_unit(source, ("settings", "match"), source.table("settings").get("match"))
     source.check_keys(("tune",), TUNING, "setting of tune")
-    _check_arms(source)
+    for cell in source.table("cells") or [""]:
+        _check_arms(source, cell)
     tune = {**TUNING, **source.table("tune")}
     _check_tune(source, tune)
     source.stop()
@@ -222,16 +225,21 @@ def _check_tune(source: _Source, tune: Settings) -> None:
         source.complain(("tune",), f"low ({tune['low']:g}) must be below high ({tune['high']:g})")
 
 
-def _check_arms(source: _Source) -> None:
+def _check_arms(source: _Source, cell: str) -> None:
+    """The arms of a cell, with what it sets for them; what is wrong in every cell is told once."""
     before: list[str] = []
     for name in source.table("arms"):
-        place, own = ("arms", name), source.table("arms", name)
-        _check_name(source, place, name)
-        source.check_keys(place, ("strategy", *ARM_KNOBS), "setting of an arm")
+        here = source.table("cells", cell, "arms", name)
+        place = ("cells", cell, "arms", name) if here else ("arms", name)
+        own = {**source.table("arms", name), **here}
+        _check_name(source, ("arms", name), name)
+        source.check_keys(("arms", name), ("strategy", *ARM_KNOBS), "setting of an arm")
         strategy = str(own.get("strategy", name))
         if strategy not in STRATEGIES:
             near = did_you_mean(strategy, STRATEGIES)
             source.complain((*place, "strategy"), f"unknown strategy '{strategy}' of arm '{name}'; choose from {', '.join(STRATEGIES)}{near}")
+        elif name == REFERENCE and strategy != REFERENCE:
+            source.complain((*place, "strategy"), f"arm '{REFERENCE}' has the strategy '{strategy}'; all others are compared with every batch once")
         elif STRATEGIES[strategy].needs_source:
             wanted = str(own.get("source", StrategyConfig().source))
             if wanted not in before:

@@ -291,7 +291,7 @@ def _without(arguments: list[str], flags: "_CompareFlags") -> list[str]:
     """The words of a comparison that are flags of training."""
     words = list(arguments)
     if flags.study is not None:
-        words.remove(str(flags.study))
+        words.remove(next(word for word in words if Path(word) == flags.study))
     if "--workers" in words:
         place = words.index("--workers")
         del words[place : place + 2]

@@ -147,10 +147,10 @@ class _Ledger:
         for pair in pairs_of(trials, self.run_dir / "trials"):
             arm, number = pair.arm.name.rsplit(".", 1)
             cell = next(each for each in self.study.cells if each.name == pair.cell.name)
-            kept = self._open(cell, arm)
-            if any(trial.user_attrs.get("number") == int(number) for trial in kept.trials):
+            kept, loss = self._open(cell, arm), _loss(pair.folder)
+            known = [trial.value for trial in kept.trials if trial.user_attrs.get("number") == int(number)]
+            if not pair.ended or loss in known:  # a trial that failed and was tried again is entered again
                 continue
-            loss = _loss(pair.folder)
             state = optuna.trial.TrialState.COMPLETE if loss is not None else optuna.trial.TrialState.FAIL
             rate = {"lr": self.rates[int(number)]}
             trial = optuna.trial.create_trial(
@@ -159,8 +159,8 @@ class _Ledger:
             kept.add_trial(trial)
         for cell in self.study.cells:
             for arm in dict.fromkeys(name.rsplit(".", 1)[0] for name in self.arms[cell.name]):
-                trials_of = sorted(self._open(cell, arm).trials, key=lambda trial: trial.user_attrs["number"])
-                self.scores[cell.name][arm] = [(trial.params["lr"], trial.value) for trial in trials_of]
+                latest = {trial.user_attrs["number"]: (trial.params["lr"], trial.value) for trial in self._open(cell, arm).trials}
+                self.scores[cell.name][arm] = [latest[number] for number in sorted(latest)]
 
     def best(self, cell: Cell, names: list[str]) -> dict[str, float]:
         """The rate with the lowest loss of each arm."""

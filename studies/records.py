@@ -28,20 +28,20 @@ def pack(run_dir: Path, file: Path) -> int:
     found = sorted(path for path in run_dir.rglob("*") if path.name in KEPT)
     if not found:
         raise SystemExit(f"error: {run_dir} has no records; give the folder of a comparison")
-    texts = [_by_name(path, run_dir) for path in found]
+    texts = [_by_name(path) for path in found]
     table = pa.table({"path": [path.relative_to(run_dir).as_posix() for path in found], "text": texts})
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, file, compression="zstd", compression_level=19, use_dictionary=False, data_page_size=1 << 28)
     return len(found)
 
 
-def _by_name(path: Path, run_dir: Path) -> str:
+def _by_name(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.name in SETTINGS:
         for name in PLACES:
             if os.environ.get(name):
                 text = text.replace(os.environ[name].rstrip("/"), f"${{{name}}}")
-        text = text.replace(str(run_dir.parent), "results")
+        text = re.sub(r'"save_dir": "[^"]*"', '"save_dir": "results"', re.sub(r"(?m)^( *)save_dir: .*$", r"\1save_dir: results", text))
     return text
 
 
