@@ -19,9 +19,10 @@ from test_security import BROWSER, QUIET
 
 from iterbatch import bench, page
 from iterbatch.arm import ArmRun
-from iterbatch.compare import FAILED, STUDY, WORKERS, compare, pairs_of, work
+from iterbatch.compare import FAILED, STUDY, WORKERS, _claim_in_turn, _Workers, compare, pairs_of, work
 from iterbatch.config import RunConfig, make_config
 from iterbatch.errors import RunError
+from iterbatch.interrupt import Interrupts, Stopped
 from iterbatch.record import BatchRecord, read_records
 from iterbatch.scores import read_cells
 from iterbatch.study import load_study
@@ -165,7 +166,7 @@ def test_a_report_is_made_again_from_records_alone(run_dir, tmp_path, capsys):
         file.unlink()
     assert main(["report", str(copy)]) == 0
     assert {name: (copy / name).read_text(encoding="utf-8") for name in made} == before
-    assert "Does the loss signal matter?" in capsys.readouterr().out
+    assert "Does the loss signal matter" in capsys.readouterr().out
     drawn = {file.suffix for file in (copy / "figures").iterdir()}
     assert drawn == {".pdf", ".png"}
 
@@ -218,6 +219,38 @@ def test_with_one_seed_there_are_no_intervals_and_the_page_says_so(run_dir, tmp_
     assert "[-" not in shown
     assert main(["power", str(copy)]) == 2
     assert "no arm with two seeds" in " ".join(capsys.readouterr().err.split())
+
+
+def _changed(run_dir, copy, arm, seed, **values):
+    """A copy of a comparison in which a result says something else."""
+    if not copy.exists():
+        shutil.copytree(run_dir, copy)
+    file = copy / arm / f"seed{seed}" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+    return copy
+
+
+def test_a_control_that_failed_is_told_and_so_is_a_baseline(run_dir, tmp_path):
+    (cell,) = read_cells(_changed(run_dir, tmp_path / "one", "fixed2", 0, stopped="it diverged"))
+    told = next(each for question, each in cell.questions if each.reference == "fixed2")
+    assert told.verdict == "reference failed"
+    assert "fixed2 failed with a seed that abr finished" in " ".join(page.answers(cell))
+    (cell,) = page.write(_changed(run_dir, tmp_path / "two", "baseline", 1, stopped="it diverged"))
+    assert page.answers(cell)[0] == "There is nothing to compare: the baseline failed with seed 1."
+
+
+def test_a_final_loss_that_is_not_finite_is_a_failure(run_dir, tmp_path):
+    (cell,) = page.write(_changed(run_dir, tmp_path / "study", "fixed2", 0, val_ppl=None, test_ppl=None))
+    assert cell.arm("fixed2").failures[0].failed == "its final loss is not finite"
+
+
+def test_arms_that_trained_alike_are_not_called_a_null_result(run_dir, tmp_path):
+    copy = tmp_path / "study"
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "fixed2")
+    shutil.copytree(copy / "abr", copy / "fixed2")
+    (cell,) = read_cells(copy)
+    assert "Not tested: abr and fixed2 trained alike" in " ".join(page.answers(cell))
 
 
 def test_folders_with_nothing_to_report(tmp_path, run_dir, capsys):
@@ -338,6 +371,36 @@ def test_baseline_against_itself_with_other_seeds_is_no_difference(tiny, tmp_pat
     assert same.verdict == "no difference found"
     assert "which may be chance" in page.answers(cell)[0] or "no arm has a lower" in page.answers(cell)[0]
     assert "beyond chance" not in page.answers(cell)[0]
+
+
+def test_a_leftover_claim_is_left_to_the_parent(tiny_folder, tmp_path):
+    """A crashed worker's pair is recorded as failed by who started it, not trained once more by another worker."""
+    study, run_dir = _begin(tmp_path, tiny_folder, {"baseline": None, "fixed2": {"strategy": "fixed"}}, seeds=[0])
+    first, second = pairs_of(study, run_dir)
+    claim = run_dir / WORKERS / "baseline~seed0.json"
+    claim.write_text('{"pid": 1}', encoding="utf-8")
+    claims = _claim_in_turn([first, second])
+    assert next(claims) is second
+    claims.close()
+    assert claim.exists()
+    assert not first.ended
+
+
+def test_a_stop_that_workers_answered_first_is_still_a_stop(tiny_folder, tmp_path, monkeypatch):
+    study, run_dir = _begin(tmp_path, tiny_folder, {"baseline": None}, seeds=[0])
+    interrupts = Interrupts()
+    workers = _Workers(pairs_of(study, run_dir), run_dir, 1, interrupts, lambda _: None)
+    ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(143)"])
+    ended.wait()
+
+    def start(number):
+        workers.running[number] = ended
+        interrupts.requested = signal.SIGINT
+
+    monkeypatch.setattr(workers, "_start", start)
+    monkeypatch.setattr(workers, "_stop", lambda: None)  # all had gone when it was asked for
+    with pytest.raises(Stopped):
+        workers.run()
 
 
 def test_workers_that_cannot_begin_say_why(tiny_folder, tmp_path):

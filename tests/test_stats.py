@@ -114,6 +114,20 @@ def test_seeds_needed_agrees_with_the_textbook():
         stats.seeds_needed(1.0, 0.0)
 
 
+def test_seeds_do_not_help_where_documents_are_few():
+    alone = stats.seeds_needed(0.01, 0.02)
+    assert stats.seeds_needed(0.01, 0.02, document_error=0.006, documents=30) > alone
+    assert stats.seeds_needed(0.01, 0.02, document_error=0.02, documents=30) == stats.MOST_SEEDS + 1
+    # What it promises holds where the interval itself is simulated.
+    seeds = stats.seeds_needed(0.02, 0.02, document_error=0.003, documents=30)
+    random, found = np.random.default_rng(0), 0
+    for _ in range(400):
+        table = 0.02 + random.normal(0, 0.02, (seeds, 1)) + random.normal(0, 0.003 * math.sqrt(30), (1, 30))
+        low, high, _ = stats.t_interval(table)
+        found += not low <= 0 <= high
+    assert 0.72 < found / 400 < 0.9
+
+
 def test_expected_best_of_n():
     values = [3.0, 1.0, 2.0]
     expected = stats.expected_best(values)

@@ -98,6 +98,9 @@ def test_a_study_survives_its_folder(write, tmp_path):
         ("${PLACE}", "${PLCAE}", ["the environment has no PLCAE"]),
         ("arms:\n  baseline", "arms: 3\nold:\n  baseline", ["holds a int"]),
         ("about: A study.", "about: [", ["is not valid YAML"]),
+        ("{abr: {lr: 2e-3}}", "{abr: {strategy: abrr}}", ["line 15", "unknown strategy 'abrr'", "did you mean 'abr'"]),
+        ("{abr: {lr: 2e-3}}", "{permuted: {source: permuted}}", ["line 15", "made from the passes of arm 'permuted', which is not above it"]),
+        ("  baseline:\n", "  baseline: {strategy: fixed}\n", ["line 8", "arm 'baseline' has the strategy 'fixed'"]),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_what_would_be_right(write, capsys, old, new, expected):
@@ -115,6 +118,12 @@ def test_all_mistakes_are_told_at_once(write):
     with pytest.raises(ConfigError) as raised:
         load_study(write(GOOD.replace("abr: {loss", "abrr: {loss").replace("match: flops", "match: hours").replace("about:", "abuot:")))
     assert str(raised.value).count("study.yaml, line") >= 3
+
+
+def test_a_study_is_found_however_it_is_written(write, tmp_path, monkeypatch):
+    write(GOOD.replace("  small: {batch_size: 2}\n", "").replace("max_train_tokens: 512", "max_train_tokens: 512\n  max_length: 3"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "./study.yaml", "--workers", "2", "--dry_run"]) in (0, 2)  # the text is too short for a run, and that is told
 
 
 def test_a_study_that_is_not_there(tmp_path, capsys):

@@ -63,6 +63,28 @@ def test_tuning_goes_on_where_it_stopped(tuned):
     assert any("finished before" in text for text in said)
 
 
+def test_a_trial_that_failed_and_was_tried_again_counts(tuned, tmp_path, monkeypatch):
+    import shutil
+
+    folder, file, chosen, _ = tuned
+    copy = tmp_path / "again"
+    shutil.copytree(folder, copy)
+    best = next(copy.glob("study-tune/trials/baseline.*/seed1000/result.json"))
+    kept = best.read_text(encoding="utf-8")
+    (copy / "study-tune/tune.db").unlink()
+    best.unlink()
+    (best.parent / "failed.json").write_text('{"reason": "killed"}', encoding="utf-8")
+    monkeypatch.setattr("iterbatch.tune.compare", lambda *given, **named: None)  # what is there is all there is
+    tune(file, copy, 1)
+    number = int(best.parent.parent.name.rsplit(".", 1)[1])
+    scores = json.loads((copy / "study-tune/tuning.json").read_text(encoding="utf-8"))[""]["baseline"]
+    assert scores[number][1] is None
+    (best.parent / "failed.json").unlink()
+    best.write_text(kept, encoding="utf-8")
+    assert tune(file, copy, 1) == chosen
+    assert json.loads((copy / "study-tune/tuning.json").read_text(encoding="utf-8"))[""]["baseline"][number][1] is not None
+
+
 def test_an_arm_whose_source_is_not_tuned(tuned, tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(tuned[1].read_text(encoding="utf-8").replace("trials: 2", "trials: 2, arms: [baseline, permuted]"), encoding="utf-8")

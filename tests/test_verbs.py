@@ -153,11 +153,12 @@ def test_a_held_batch_is_trained_later_at_the_price_of_a_repeat(make_step):
     assert revisited == pytest.approx(twin_loss, rel=1e-6)
 
 
-@pytest.mark.parametrize(("unit", "amount"), [("flops", None), ("updates", 13.0), ("tokens", 400.0), ("seconds", 0.5)])
+UNITS = [("flops", None, "all"), ("flops", None, "top:1"), ("updates", 13.0, "all"), ("tokens", 400.0, "all"), ("seconds", 0.5, "all")]
+
+
+@pytest.mark.parametrize(("unit", "amount", "make_step"), UNITS, indirect=["make_step"])
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_no_arm_overspends_by_more_than_a_pass_and_all_end_decayed(make_step, name, unit, amount):
-    if make_step().model.cut and unit != "flops":
-        pytest.skip("one placement is enough")
     batch = _batches(1)[0]
     if unit == "flops":
         amount = 9.3 * make_step().flop_model.fresh(batch.shapes)
