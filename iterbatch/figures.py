@@ -71,7 +71,8 @@ def draw(cell: CellScores, folder: Path) -> list[Drawing]:
         (
             "loss_by_pass",
             "Loss after each repeat",
-            "Mean loss before each pass on a batch, over batches with that many passes. It falls there whether or not anything is learnt.",
+            "Loss before each pass on a batch minus its initial loss, mean over batches with that many passes. It falls there whether or not "
+            "anything is learnt that helps elsewhere.",
             lambda axes: _by_pass(axes, cell, records),
         ),
         (
@@ -237,9 +238,9 @@ def _by_pass(axes: Any, cell: CellScores, records: dict[str, list[list[BatchReco
         if not repeated:
             continue
         deepest = max(map(len, repeated))
-        means = [statistics.fmean(losses[done] for losses in repeated if len(losses) > done) for done in range(deepest)]
+        means = [statistics.fmean(losses[done] - losses[0] for losses in repeated if len(losses) > done) for done in range(deepest)]
         axes.plot(range(1, deepest + 1), means, marker="o", markersize=4, linewidth=1.4, label=arm.name, **_colour(cell, arm.name))
-    axes.set(xlabel="pass", ylabel="loss before it, nats a token")
+    axes.set(xlabel="pass", ylabel="loss before it, minus initial loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes)
     return bool(axes.lines)
