@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from iterbatch.plots import PALETTE, smooth
+from iterbatch.plots import PALETTE, plain_ticks, smooth
 from iterbatch.record import BatchRecord, whole_or_not
 from iterbatch.scores import AXES, REFERENCE, ArmScores, CellScores, batches_of
 
@@ -140,6 +140,8 @@ def _legend(axes: Any, **more: Any) -> None:
 
 
 def _curves(axes: Any, cell: CellScores, axis: str, label: str) -> bool:
+    from matplotlib.ticker import EngFormatter
+
     for arm in cell.arms:
         curves = [[record for record in seed.validation if record.fraction > 0] for seed in arm.finished]
         points = list(zip(*curves, strict=False))
@@ -152,18 +154,10 @@ def _curves(axes: Any, cell: CellScores, axis: str, label: str) -> bool:
         if len(curves) > 1:
             axes.fill_between(cost, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel=label, ylabel="validation perplexity", yscale="log")
-    _plain_ticks(axes)
+    plain_ticks(axes)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _legend(axes)
     return bool(axes.lines)
-
-
-def _plain_ticks(axes: Any) -> None:
-    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
-
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=4))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 
 def _rows(axes: Any, names: Sequence[str]) -> np.ndarray:

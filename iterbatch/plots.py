@@ -52,7 +52,7 @@ def _perplexity(arms: Arms, path: Path) -> None:
             axes.fill_between(gflops, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
     axes.set_yscale("log")
     axes.text(0.02, 0.03, f"before training: {before:,.1f}", transform=axes.transAxes, fontsize="small")
-    _plain_ticks(axes)
+    plain_ticks(axes)
     axes.set_xlabel("training compute, GFLOPs")
     axes.set_ylabel("validation perplexity (log scale)")
     seeds = max(len(folders) for folders in arms.values())
@@ -63,7 +63,8 @@ def _perplexity(arms: Arms, path: Path) -> None:
     _save(figure, path)
 
 
-def _plain_ticks(axes) -> None:
+def plain_ticks(axes) -> None:
+    """A few plain numbers on an axis of perplexity, which is on a log scale."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=4))

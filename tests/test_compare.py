@@ -178,7 +178,9 @@ def test_what_the_page_says(run_dir):
         assert "95% intervals by the method" in shown
         for metric in ("distinct-1", "rep-4", "self-BLEU", "length"):
             assert metric in shown
-    for link in re.findall(r'href="([^"#]+)"', html) + re.findall(r"\]\(([^)]+)\)", text.split("Runs: ")[1]):
+    pictures = re.findall(r"!\[.*?\]\((.+?)\)", text)
+    assert len(pictures) == html.count("<figure") >= 7
+    for link in pictures + re.findall(r'href="([^"#]+)"', html) + re.findall(r"\]\(([^)]+)\)", text.split("Runs: ")[1]):
         assert (run_dir / link).exists(), link
     assert set(re.findall(r'href="#([^"]+)"', html)) <= set(re.findall(r'id="([^"]+)"', html))
     assert not re.search(r"https?://(?!www\.w3\.org/)", html)  # nothing is fetched; namespaces are only names

@@ -120,10 +120,11 @@ def test_all_mistakes_are_told_at_once(write):
     assert str(raised.value).count("study.yaml, line") >= 3
 
 
-def test_a_study_is_found_however_it_is_written(write, tmp_path, monkeypatch):
-    write(GOOD.replace("  small: {batch_size: 2}\n", "").replace("max_train_tokens: 512", "max_train_tokens: 512\n  max_length: 3"))
+def test_a_study_is_found_however_it_is_written(write, tmp_path, monkeypatch, capsys):
+    write(GOOD)
     monkeypatch.chdir(tmp_path)
-    assert main(["compare", "./study.yaml", "--workers", "2", "--dry_run"]) in (0, 2)  # the text is too short for a run, and that is told
+    assert main(["compare", "./study.yaml", "--workers", "2", "--dry_run"]) == 2
+    assert "too few to hold out validation and test" in " ".join(capsys.readouterr().err.split())  # it was read, down to its text
 
 
 def test_a_study_that_is_not_there(tmp_path, capsys):
