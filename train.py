@@ -2,7 +2,7 @@
 
 import sys
 
-from iterbatch.train import main
+from iterbatch.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["train", *sys.argv[1:]]))

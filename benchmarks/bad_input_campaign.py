@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from iterbatch.config import knobs
-from iterbatch.train import main as iterbatch_main
+from iterbatch.cli.main import main as iterbatch_main
 
 LIMIT_S = 10
 SHARES = {"study": 0.1, "report": 0.05, "flags": 0.25, "yaml": 0.25, "data": 0.2, "model": 0.11, "run": 0.04}  # of the cases
@@ -159,7 +159,7 @@ class Ground:
 
     def cut_off(self, flags: list[str]) -> None:
         """Leave a run with two checkpoints."""
-        from iterbatch.arm import ArmRun
+        from iterbatch.bench.train_arm import ArmRun
 
         real, places = ArmRun._stop_or_save, [0]
 

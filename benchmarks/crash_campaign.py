@@ -32,9 +32,9 @@ import peft
 import torch
 import transformers  # noqa: F401 - imported before the first fork
 
-import iterbatch.bench
-import iterbatch.progress  # noqa: F401
-from iterbatch.train import main as iterbatch_main
+import iterbatch.bench.run
+import iterbatch.cli.progress  # noqa: F401
+from iterbatch.cli.main import main as iterbatch_main
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TIMED = {"seconds", "train_seconds", "tokens_per_second", "peak_memory_mb", "seconds_saved", "seconds_charged"}

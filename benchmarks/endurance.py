@@ -24,8 +24,8 @@ def soak(folder: Path, batches: int = BATCHES) -> bool:
     """A run of so many batches, sampled twenty times after its first tenth."""
     from tiny import make_tiny
 
-    from iterbatch import bench
-    from iterbatch.arm import Listener
+    from iterbatch.bench import run as bench
+    from iterbatch.bench.train_arm import Listener
     from iterbatch.config import make_config
 
     process, samples = psutil.Process(), []
@@ -51,8 +51,8 @@ def soak(folder: Path, batches: int = BATCHES) -> bool:
 def text(folder: Path, size: int = GIGABYTE) -> bool:
     """One .txt file of real text, over and over with a number on each copy; a tenth each is held out."""
     from iterbatch.config import make_config
-    from iterbatch.prepare import prepare
-    from iterbatch.record import peak_memory_mb
+    from iterbatch.bench.prepare import prepare
+    from iterbatch.records.record import peak_memory_mb
 
     data = Path(os.environ.get("ITERBATCH_DATA") or "../shared/data") / "wikitext-2" / "wiki.train.tokens"
     copy, file = data.read_text(encoding="utf-8"), folder / "large.txt"
@@ -72,8 +72,8 @@ def text(folder: Path, size: int = GIGABYTE) -> bool:
 
 def records(folder: Path, count: int = RECORDS) -> bool:
     """One arm's records, reported as at the end of a run."""
-    from iterbatch import report
-    from iterbatch.record import BatchRecord, EvalRecord, RecordWriter, peak_memory_mb, write_json
+    from iterbatch.report import summary as report
+    from iterbatch.records.record import BatchRecord, EvalRecord, RecordWriter, peak_memory_mb, write_json
 
     arm = folder / "run" / "abr" / "seed0"
     one = BatchRecord(0, 0, 3.21987654321, [3.21987654321, 3.1], 2, 2, 1.23e-4, 0.98765, 1020, 1.5e9, 0.0712)

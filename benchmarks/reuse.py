@@ -28,17 +28,17 @@ from typing import Any
 import torch
 from throughput import trainer
 
-from iterbatch import bench
-from iterbatch.budget import Allowance, Ledger
+from iterbatch.bench import run as bench
+from iterbatch.training.budget import Allowance, Ledger
 from iterbatch.config import BenchConfig, make_config
-from iterbatch.cut import CutModel, compiled
-from iterbatch.evaluate import score
-from iterbatch.loop import fit
-from iterbatch.model import PRECISION, flop_model, load_model, reset_adapter
-from iterbatch.prepare import Prepared, make_stream, prepare
-from iterbatch.processes import make_accelerator
-from iterbatch.reuse import Prefetch, open_reuse
-from iterbatch.step import StepSettings, TrainingStep, make_optimizer
+from iterbatch.model.cut import CutModel, compiled
+from iterbatch.evaluation.perplexity import score
+from iterbatch.training.loop import fit
+from iterbatch.model.load import PRECISION, flop_model, load_model, reset_adapter
+from iterbatch.bench.prepare import Prepared, make_stream, prepare
+from iterbatch.runtime.processes import make_accelerator
+from iterbatch.reuse.prefix import Prefetch, open_reuse
+from iterbatch.training.step import StepSettings, TrainingStep, make_optimizer
 from iterbatch.strategy import BaselineStrategy
 
 EPOCHS, LENGTH, BATCH = 3, 256, 4

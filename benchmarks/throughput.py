@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from iterbatch.budget import Allowance, Ledger
+from iterbatch.training.budget import Allowance, Ledger
 from iterbatch.config import BenchConfig, make_config
-from iterbatch.cut import CutModel, compiled
-from iterbatch.data_loader import BatchStream, prepare_blocks
-from iterbatch.documents import read_corpus
-from iterbatch.loop import fit
-from iterbatch.model import PRECISION, adapter_parameters, flop_model, load_base, load_model, reset_adapter
-from iterbatch.processes import make_accelerator
-from iterbatch.step import StepSettings, TrainingStep, make_optimizer
+from iterbatch.model.cut import CutModel, compiled
+from iterbatch.data.data_loader import BatchStream, prepare_blocks
+from iterbatch.data.documents import read_corpus
+from iterbatch.training.loop import fit
+from iterbatch.model.load import PRECISION, adapter_parameters, flop_model, load_base, load_model, reset_adapter
+from iterbatch.runtime.processes import make_accelerator
+from iterbatch.training.step import StepSettings, TrainingStep, make_optimizer
 from iterbatch.strategy import ABRStrategy, BaselineStrategy, BaseTrainingStrategy
 
 BATCH, LENGTH, LR, WARM = 4, 256, 5e-3, 2

@@ -16,9 +16,9 @@ import statistics
 import warnings
 from pathlib import Path
 
-from iterbatch import bench
+from iterbatch.bench import run as bench
 from iterbatch.config import make_config
-from iterbatch.record import EvalRecord, read_records, write_text
+from iterbatch.records.record import EvalRecord, read_records, write_text
 
 RECORDS = Path(__file__).parent / "time_to_target.json"
 EPOCHS = {"all": 3, "top:6": 4, "top:4": 5, "top:2": 8}  # about the same seconds, the prefix reused

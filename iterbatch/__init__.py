@@ -6,13 +6,13 @@ __version__ = "0.1.0"
 __all__ = ["STRATEGIES", "BaseTrainingStrategy", "UserError", "make_config", "run"]
 
 if TYPE_CHECKING:
-    from iterbatch.bench import run
+    from iterbatch.bench.run import run
     from iterbatch.config import make_config
     from iterbatch.errors import UserError
     from iterbatch.strategy import STRATEGIES, BaseTrainingStrategy
 
 _HOMES = {
-    "run": "iterbatch.bench",
+    "run": "iterbatch.bench.run",
     "make_config": "iterbatch.config",
     "UserError": "iterbatch.errors",
     "STRATEGIES": "iterbatch.strategy",

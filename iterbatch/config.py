@@ -1,7 +1,7 @@
 """Every knob of a run, with its unit, range and default; all validation, with all problems reported together.
 
 The groups below are the groups of ``iterbatch train --help``; a field is a flag of the same name. What does not live here: parsing, which
-is in :mod:`iterbatch.train`.
+is in :mod:`iterbatch.cli.main`.
 """
 
 import dataclasses
@@ -305,7 +305,7 @@ def _range_problems(config: BenchConfig) -> list[str]:
 
 
 def _choice_problems(config: BenchConfig) -> list[str]:
-    from iterbatch.checkpoint import Every
+    from iterbatch.runtime.checkpoint import Every
     from iterbatch.strategy import STRATEGIES
 
     names, seeds, problems = config.strategy.strategies, config.training.seeds, []

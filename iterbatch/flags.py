@@ -41,7 +41,7 @@ def parse_config(arguments: Sequence[str]) -> BenchConfig:
     parsed = cli("train", TrainFlags, arguments)
     file = parsed.run.config
     if parsed.run.resume is not None:
-        from iterbatch import folder
+        from iterbatch.runtime import run_folder as folder
 
         run_dir = folder.resume_folder(parsed.run.resume, parsed.run.save_dir, parsed.run.run_name)
         arguments = [*arguments, "--save_dir", str(run_dir.parent), "--run_name", run_dir.name, "--resume", str(run_dir)]

@@ -14,9 +14,9 @@ import os
 import statistics
 from pathlib import Path
 
-from iterbatch import bench
+from iterbatch.bench import run as bench
 from iterbatch.config import make_config
-from iterbatch.record import write_json
+from iterbatch.records.record import write_json
 
 SEEDS, TOKENS = (0, 1, 2), 49_152
 RECORDS = Path(__file__).parent / "first_study"  # a summary a text

@@ -20,8 +20,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from iterbatch.data_loader import collate, prepare_blocks, prepare_eval
-from iterbatch.documents import Document, read_corpus
+from iterbatch.data.data_loader import collate, prepare_blocks, prepare_eval
+from iterbatch.data.documents import Document, read_corpus
 
 VOCABULARY, CONTEXT, BATCH = 4096, 256, 16
 SOURCES = {"wikitext-2": "wikitext-2", "star": "dialogue/star"}

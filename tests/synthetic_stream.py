@@ -6,7 +6,7 @@ errors, an adapter is the weight vector, and the true gain of every pass is know
 
 import numpy as np
 
-from iterbatch.record import BatchRecord
+from iterbatch.records.record import BatchRecord
 
 DIMENSIONS, ROWS = 50, 16
 

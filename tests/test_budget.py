@@ -3,11 +3,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from iterbatch.budget import Allowance, FlopModel, Ledger
+from iterbatch.training.budget import Allowance, FlopModel, Ledger
 from iterbatch.config import make_config
-from iterbatch.cut import CutModel
-from iterbatch.data_loader import MicroBatch
-from iterbatch.model import flop_model, load_base, load_model
+from iterbatch.model.cut import CutModel
+from iterbatch.data.data_loader import MicroBatch
+from iterbatch.model.load import flop_model, load_base, load_model
 
 ROWS, LENGTH = 2, 64
 

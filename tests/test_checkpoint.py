@@ -15,9 +15,11 @@ import torch
 from crash_campaign import content
 from filelock import FileLock
 
-from iterbatch import arm, bench, plots
-from iterbatch.arm import ArmRun, Listener
-from iterbatch.checkpoint import (
+from iterbatch.bench import train_arm as arm
+from iterbatch.bench import run as bench
+from iterbatch.report import plots
+from iterbatch.bench.train_arm import ArmRun, Listener
+from iterbatch.runtime.checkpoint import (
     Checkpoints,
     Every,
     RandomStates,
@@ -29,12 +31,12 @@ from iterbatch.checkpoint import (
     write_state,
 )
 from iterbatch.config import LAST, make_config
-from iterbatch.cut import CutModel
+from iterbatch.model.cut import CutModel
 from iterbatch.errors import RunError
-from iterbatch.interrupt import Interrupts, Stopped
-from iterbatch.loop import PATIENCE, Progress
-from iterbatch.record import BatchRecord, RecordWriter, read_records
-from iterbatch.train import main
+from iterbatch.runtime.interrupt import Interrupts, Stopped
+from iterbatch.training.loop import PATIENCE, Progress
+from iterbatch.records.record import BatchRecord, RecordWriter, read_records
+from iterbatch.cli.main import main
 
 STATE = {
     "tensors": [torch.arange(6).view(2, 3), torch.tensor(1.5, dtype=torch.bfloat16), torch.zeros(0)],
@@ -134,7 +136,7 @@ def test_a_full_disk_is_told_once_and_leaves_what_is_there(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("iterbatch.checkpoint.save_file", full)
+        patch.setattr("iterbatch.runtime.checkpoint.save_file", full)
         part.value = "lost"
         checkpoints.save()
         checkpoints.save()
@@ -475,8 +477,8 @@ def test_an_exploding_loss_stops_the_arm(tiny, tmp_path, monkeypatch):
 
 
 def test_faults_are_told_apart():
-    from iterbatch.budget import Ledger
-    from iterbatch.step import TrainingStep
+    from iterbatch.training.budget import Ledger
+    from iterbatch.training.step import TrainingStep
 
     step = SimpleNamespace(ledger=Ledger(), _label_tokens=1, accelerator=SimpleNamespace(scaler=None))
     for loss, norm in ((1.0, 1.0), (math.nan, 1.0), (1.0, math.inf)):

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from iterbatch.config import BenchConfig, knobs, make_config
 from iterbatch.errors import ConfigError
-from iterbatch.train import main, parse_config
+from iterbatch.cli.main import main, parse_config
 
 BASE = "--model llama --model_name huggyllama/llama-7b --dataset wikitext"
 ORIGINAL = [

@@ -17,16 +17,17 @@ import yaml
 from conftest import ROOT
 from test_security import BROWSER, QUIET
 
-from iterbatch import bench, page
-from iterbatch.arm import ArmRun
-from iterbatch.compare import FAILED, STUDY, WORKERS, _claim_in_turn, _Workers, compare, pairs_of, work
+from iterbatch.bench import run as bench
+from iterbatch.report import page
+from iterbatch.bench.train_arm import ArmRun
+from iterbatch.study.compare import FAILED, STUDY, WORKERS, _claim_in_turn, _Workers, compare, pairs_of, work
 from iterbatch.config import RunConfig, make_config
 from iterbatch.errors import RunError
-from iterbatch.interrupt import Interrupts, Stopped
-from iterbatch.record import BatchRecord, read_records
-from iterbatch.scores import read_cells
-from iterbatch.study import load_study
-from iterbatch.train import main
+from iterbatch.runtime.interrupt import Interrupts, Stopped
+from iterbatch.records.record import BatchRecord, read_records
+from iterbatch.report.comparison import read_cells
+from iterbatch.study.study_file import load_study
+from iterbatch.cli.main import main
 
 NASTY = "</title><script>document.title='changed'</script><img src=x onerror=\"document.title='changed'\"> **b** | [a](javascript:alert(1)) \x1b[31m"
 ARMS = {
@@ -316,7 +317,7 @@ def test_another_study_does_not_go_into_the_same_folder(run_dir, crashed, tmp_pa
 
 def _begin(tmp_path, tiny_folder, arms, **settings):
     """A study's folder with its study written, and nothing trained."""
-    from iterbatch.compare import _begin
+    from iterbatch.study.compare import _begin
 
     study = load_study(_study(tmp_path, tiny_folder, arms, **settings))
     run_dir = tmp_path / "study"

@@ -8,13 +8,13 @@ import torch
 from torch._dynamo.utils import counters
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from iterbatch.attention import NAME, attend
+from iterbatch.model.attention import NAME, attend
 from iterbatch.config import make_config
-from iterbatch.cut import CutModel, compiled
-from iterbatch.data_loader import BatchStream, MicroBatch
+from iterbatch.model.cut import CutModel, compiled
+from iterbatch.data.data_loader import BatchStream, MicroBatch
 from iterbatch.errors import ModelError
-from iterbatch.model import adapter_parameters, load_base, load_model
-from iterbatch.processes import make_accelerator
+from iterbatch.model.load import adapter_parameters, load_base, load_model
+from iterbatch.runtime.processes import make_accelerator
 
 
 @pytest.mark.parametrize(("key_heads", "length", "masked"), [(4, 12, False), (2, 12, False), (2, 12, True), (2, 600, False)])

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from iterbatch.cache import Documents
-from iterbatch.data_loader import BatchStream, block_order, order_digest, prepare_blocks, prepare_eval
-from iterbatch.documents import Document, detokenize_wikitext, read_corpus, row_text, wikitext_articles
+from iterbatch.data.cache import Documents
+from iterbatch.data.data_loader import BatchStream, block_order, order_digest, prepare_blocks, prepare_eval
+from iterbatch.data.documents import Document, detokenize_wikitext, read_corpus, row_text, wikitext_articles
 from iterbatch.errors import DataError
 
 # -- forms of text ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_eval_text_is_whole_documents_up_to_the_cap(tokenizer):
 
 
 def test_a_long_text_is_handled_in_pieces_and_loses_nothing(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("iterbatch.documents.PIECE", 1000)
+    monkeypatch.setattr("iterbatch.data.documents.PIECE", 1000)
     lines = "".join(f"Line {number} of a text that is longer than a piece.\n" for number in range(200)) + "x" * 2500 + " the end"
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text(lines, encoding="utf-8")

@@ -6,13 +6,13 @@ import torch
 from torch.nn import functional
 
 from iterbatch.config import make_config
-from iterbatch.cut import CutModel
-from iterbatch.data_loader import EvalText, prepare_eval, rolling_windows
-from iterbatch.documents import Document
-from iterbatch.evaluate import Score, score
-from iterbatch.generate import distinct, repetition, text_metrics
-from iterbatch.model import load_base, load_model
-from iterbatch.processes import make_accelerator
+from iterbatch.model.cut import CutModel
+from iterbatch.data.data_loader import EvalText, prepare_eval, rolling_windows
+from iterbatch.data.documents import Document
+from iterbatch.evaluation.perplexity import Score, score
+from iterbatch.evaluation.generate import distinct, repetition, text_metrics
+from iterbatch.model.load import load_base, load_model
+from iterbatch.runtime.processes import make_accelerator
 
 TEXTS = ["Short.", "A longer document, with more words in it than the first one has. " * 3, "Middle of the road " * 5 + "\n"]
 

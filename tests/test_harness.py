@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 
-from iterbatch import bench
+from iterbatch.bench import run as bench
 from iterbatch.config import make_config
-from iterbatch.cut import CutModel
-from iterbatch.data_loader import prepare_eval
-from iterbatch.documents import Document, _wikitext_document, wikitext_articles
-from iterbatch.evaluate import score
-from iterbatch.generate import load_trained
-from iterbatch.processes import make_accelerator
+from iterbatch.model.cut import CutModel
+from iterbatch.data.data_loader import prepare_eval
+from iterbatch.data.documents import Document, _wikitext_document, wikitext_articles
+from iterbatch.evaluation.perplexity import score
+from iterbatch.evaluation.generate import load_trained
+from iterbatch.runtime.processes import make_accelerator
 
 LENGTH = 64
 

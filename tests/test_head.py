@@ -3,8 +3,8 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iterbatch import head
-from iterbatch.data_loader import IGNORED
+from iterbatch.model import head
+from iterbatch.data.data_loader import IGNORED
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 50, 16, 700
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from iterbatch.config import make_config
-from iterbatch.cut import CutModel
-from iterbatch.data_loader import BatchStream
-from iterbatch.memory import compare, groups, passes_of_blocks
-from iterbatch.model import copy_adapter, load_base, load_model, reset_adapter
-from iterbatch.processes import make_accelerator
-from iterbatch.record import BatchRecord
+from iterbatch.model.cut import CutModel
+from iterbatch.data.data_loader import BatchStream
+from iterbatch.evaluation.memorisation import compare, groups, passes_of_blocks
+from iterbatch.model.load import copy_adapter, load_base, load_model, reset_adapter
+from iterbatch.runtime.processes import make_accelerator
+from iterbatch.records.record import BatchRecord
 
 
 def _record(batch, done, revisited=()):

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from iterbatch.price import Placement, placements, recommend
-from iterbatch.store import ActivationStore, Layout, stores_folder
-from iterbatch.train import main
+from iterbatch.bench.price import Placement, placements, recommend
+from iterbatch.reuse.store import ActivationStore, Layout, stores_folder
+from iterbatch.cli.main import main
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,16 @@ import pytest
 from conftest import ROOT
 from crash_campaign import content
 
-from iterbatch import bench
+from iterbatch.bench import run as bench
 from iterbatch.config import LAST, make_config
 from iterbatch.errors import RunError
-from iterbatch.record import BatchRecord, read_records
+from iterbatch.records.record import BatchRecord, read_records
 
 STOPPING = """
 import sys
-from iterbatch.arm import ArmRun
-from iterbatch.processes import rank
-from iterbatch.train import main
+from iterbatch.bench.train_arm import ArmRun
+from iterbatch.runtime.processes import rank
+from iterbatch.cli.main import main
 
 real, places = ArmRun._stop_or_save, [0]
 

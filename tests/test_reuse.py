@@ -8,19 +8,20 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from iterbatch import bench, prepare
-from iterbatch.arm import Listener
-from iterbatch.budget import Allowance, Ledger
+from iterbatch.bench import run as bench
+from iterbatch.bench import prepare
+from iterbatch.bench.train_arm import Listener
+from iterbatch.training.budget import Allowance, Ledger
 from iterbatch.config import make_config
-from iterbatch.cut import CutModel
-from iterbatch.data_loader import IGNORED, Batch, BatchStream, MicroBatch
+from iterbatch.model.cut import CutModel
+from iterbatch.data.data_loader import IGNORED, Batch, BatchStream, MicroBatch
 from iterbatch.errors import ConfigError
-from iterbatch.model import adapter_parameters, copy_adapter, flop_model, load_base, load_model, reset_adapter
-from iterbatch.processes import make_accelerator
-from iterbatch.record import BatchRecord, EvalRecord, read_records
-from iterbatch.reuse import Prefetch, PrefixSource, weights_digest
-from iterbatch.step import StepSettings, TrainingStep, make_optimizer
-from iterbatch.store import ActivationStore, Layout
+from iterbatch.model.load import adapter_parameters, copy_adapter, flop_model, load_base, load_model, reset_adapter
+from iterbatch.runtime.processes import make_accelerator
+from iterbatch.records.record import BatchRecord, EvalRecord, read_records
+from iterbatch.reuse.prefix import Prefetch, PrefixSource, weights_digest
+from iterbatch.training.step import StepSettings, TrainingStep, make_optimizer
+from iterbatch.reuse.store import ActivationStore, Layout
 
 LENGTH, LR = 24, 0.01
 

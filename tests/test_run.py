@@ -6,18 +6,18 @@ import pytest
 import torch
 import yaml
 
-from iterbatch import bench
-from iterbatch.arm import Listener
+from iterbatch.bench import run as bench
+from iterbatch.bench.train_arm import Listener
 from iterbatch.config import LAST, StrategyConfig, make_config
-from iterbatch.cut import CutModel
-from iterbatch.data_loader import prepare_eval
-from iterbatch.documents import read_corpus
+from iterbatch.model.cut import CutModel
+from iterbatch.data.data_loader import prepare_eval
+from iterbatch.data.documents import read_corpus
 from iterbatch.errors import RunError
-from iterbatch.evaluate import score
-from iterbatch.generate import load_trained
-from iterbatch.processes import make_accelerator
-from iterbatch.record import BatchRecord, EvalRecord, read_records
-from iterbatch.train import main
+from iterbatch.evaluation.perplexity import score
+from iterbatch.evaluation.generate import load_trained
+from iterbatch.runtime.processes import make_accelerator
+from iterbatch.records.record import BatchRecord, EvalRecord, read_records
+from iterbatch.cli.main import main
 
 SUMMARY = {
     "strategy",
@@ -167,7 +167,7 @@ class Interrupting(Listener):
 
 
 def test_interruption_keeps_records_and_resume_goes_on(tiny, tmp_path, monkeypatch, capsys):
-    from iterbatch import progress
+    from iterbatch.cli import progress
 
     flags = _flags(tiny | {"strategies": ["baseline", "abr"], "save_dir": tmp_path, "run_name": "run"})
     with monkeypatch.context() as patch:

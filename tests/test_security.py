@@ -12,12 +12,12 @@ import markdown as to_html
 import pytest
 from conftest import ROOT
 
-from iterbatch import bench
+from iterbatch.bench import run as bench
 from iterbatch.config import make_config
 from iterbatch.errors import ConfigError, RunError
-from iterbatch.generate import load_trained
-from iterbatch.report import markdown, write
-from iterbatch.train import main
+from iterbatch.evaluation.generate import load_trained
+from iterbatch.report.summary import markdown, write
+from iterbatch.cli.main import main
 
 SOURCES = sorted(file for folder in ("iterbatch", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -43,7 +43,7 @@ WATCHED = """
 import sys
 found = []
 sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
-from iterbatch.train import main
+from iterbatch.cli.main import main
 flags = sys.argv[1:]
 assert main(["train", *flags]) == 0
 run = flags[flags.index("--save_dir") + 1] + "/run"

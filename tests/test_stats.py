@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from iterbatch import stats
+from iterbatch.report import stats
 
 
 def _arms(seeds, documents, effect=0.0, seed=0, lengths=(50, 400)):

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from iterbatch.budget import Allowance, Ledger
+from iterbatch.training.budget import Allowance, Ledger
 from iterbatch.config import make_config
-from iterbatch.cut import CutModel
-from iterbatch.data_loader import IGNORED, Batch, BatchStream, MicroBatch
-from iterbatch.loop import fit
-from iterbatch.model import adapter_parameters, copy_adapter, flop_model, load_base, load_model, reset_adapter
-from iterbatch.processes import make_accelerator
-from iterbatch.step import StepSettings, TrainingStep, make_optimizer, schedule
+from iterbatch.model.cut import CutModel
+from iterbatch.data.data_loader import IGNORED, Batch, BatchStream, MicroBatch
+from iterbatch.training.loop import fit
+from iterbatch.model.load import adapter_parameters, copy_adapter, flop_model, load_base, load_model, reset_adapter
+from iterbatch.runtime.processes import make_accelerator
+from iterbatch.training.step import StepSettings, TrainingStep, make_optimizer, schedule
 from iterbatch.strategy import ABRStrategy, BaselineStrategy
 
 LR = 0.01

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from iterbatch import store as store_module
+from iterbatch.reuse import store as store_module
 from iterbatch.errors import RunError
-from iterbatch.store import ENTRY, ActivationStore, Layout, clear_stores, list_stores, stores_folder
+from iterbatch.reuse.store import ENTRY, ActivationStore, Layout, clear_stores, list_stores, stores_folder
 
 LENGTHS, WIDTH = [3, 5, 4, 5], 2
 HEADER = {"key": {"cut": 2}, "model": "tiny", "items": len(LENGTHS)}
@@ -143,7 +143,7 @@ def test_killed_while_writing_leaves_whole_items_only(tmp_path, opened, notes):
     """A real process that writes without end and is killed at any moment; what is served afterwards is right."""
     script = f"""
 import torch, itertools
-from iterbatch.store import ActivationStore, Layout
+from iterbatch.reuse.store import ActivationStore, Layout
 store = ActivationStore(__import__('pathlib').Path({str(tmp_path / "store")!r}), {HEADER!r}, Layout([20000] * 50, 2, "float32"), print)
 print("ready", flush=True)
 for turn in itertools.count():

@@ -7,10 +7,10 @@ import torch
 from synthetic_stream import SyntheticStep, play
 
 from iterbatch.config import StrategyConfig
-from iterbatch.data_loader import Batch, MicroBatch
+from iterbatch.data.data_loader import Batch, MicroBatch
 from iterbatch.errors import RunError
-from iterbatch.record import BatchRecord
-from iterbatch.scheduler import MAX_REPEATS, GainLearner, SchedulerLLaMA, stopping_rule
+from iterbatch.records.record import BatchRecord
+from iterbatch.strategy.scheduler import MAX_REPEATS, GainLearner, SchedulerLLaMA, stopping_rule
 from iterbatch.strategy import STRATEGIES, LearnableSchedulingStrategy, abr_repeats, make_strategy, window_repeats
 
 

@@ -5,8 +5,8 @@ from textwrap import dedent
 import pytest
 
 from iterbatch.errors import ConfigError
-from iterbatch.study import as_json, from_json, load_study, study_of_flags
-from iterbatch.train import main
+from iterbatch.study.study_file import as_json, from_json, load_study, study_of_flags
+from iterbatch.cli.main import main
 
 GOOD = """\
 about: A study.
@@ -64,7 +64,7 @@ def test_flags_override_the_file(write):
 
 
 def test_a_study_survives_its_folder(write, tmp_path):
-    from iterbatch.record import write_json
+    from iterbatch.records.record import write_json
 
     study = load_study(write(GOOD))
     write_json(tmp_path / "study.json", as_json(study))

@@ -7,10 +7,10 @@ import pytest
 from test_compare import _study
 
 from iterbatch.errors import ConfigError
-from iterbatch.report import read_result
-from iterbatch.study import load_study
-from iterbatch.train import main
-from iterbatch.tune import tune, values
+from iterbatch.report.summary import read_result
+from iterbatch.study.study_file import load_study
+from iterbatch.cli.main import main
+from iterbatch.study.tune import tune, values
 
 
 def test_values_cover_the_range_evenly_on_a_log_scale():
@@ -74,7 +74,7 @@ def test_a_trial_that_failed_and_was_tried_again_counts(tuned, tmp_path, monkeyp
     (copy / "study-tune/tune.db").unlink()
     best.unlink()
     (best.parent / "failed.json").write_text('{"reason": "killed"}', encoding="utf-8")
-    monkeypatch.setattr("iterbatch.tune.compare", lambda *given, **named: None)  # what is there is all there is
+    monkeypatch.setattr("iterbatch.study.tune.compare", lambda *given, **named: None)  # what is there is all there is
     tune(file, copy, 1)
     number = int(best.parent.parent.name.rsplit(".", 1)[1])
     scores = json.loads((copy / "study-tune/tuning.json").read_text(encoding="utf-8"))[""]["baseline"]

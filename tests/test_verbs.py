@@ -4,14 +4,14 @@ import pytest
 import torch
 from test_step import LR, Silent, _blocks
 
-from iterbatch.budget import Allowance, Ledger
+from iterbatch.training.budget import Allowance, Ledger
 from iterbatch.config import StrategyConfig, make_config
-from iterbatch.cut import CutModel
-from iterbatch.data_loader import Batch, BatchStream
-from iterbatch.loop import fit
-from iterbatch.model import copy_adapter, flop_model, load_base, load_model, reset_adapter
-from iterbatch.processes import make_accelerator
-from iterbatch.step import StepSettings, TrainingStep, make_optimizer
+from iterbatch.model.cut import CutModel
+from iterbatch.data.data_loader import Batch, BatchStream
+from iterbatch.training.loop import fit
+from iterbatch.model.load import copy_adapter, flop_model, load_base, load_model, reset_adapter
+from iterbatch.runtime.processes import make_accelerator
+from iterbatch.training.step import StepSettings, TrainingStep, make_optimizer
 from iterbatch.strategy import STRATEGIES, make_strategy
 
 

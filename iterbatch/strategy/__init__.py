@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from iterbatch.config import StrategyConfig
-from iterbatch.scheduler import MAX_REPEATS
+from iterbatch.strategy.scheduler import MAX_REPEATS
 from iterbatch.strategy.base import Adapter, BaseTrainingStrategy, Step
 from iterbatch.strategy.controls import (
     ExcessStrategy,

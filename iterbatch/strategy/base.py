@@ -5,14 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
-from iterbatch.data_loader import Batch
-from iterbatch.record import BatchRecord
+from iterbatch.data.data_loader import Batch
+from iterbatch.records.record import BatchRecord
 
 Adapter = Any  # what step.snapshot() returns and step.score() takes; opaque to a strategy
 
 
 class Step(Protocol):
-    """What a strategy may do with a batch. :class:`iterbatch.step.TrainingStep` is the real one; tests script a fake."""
+    """What a strategy may do with a batch. :class:`iterbatch.training.step.TrainingStep` is the real one; tests script a fake."""
 
     @property
     def price_ratio(self) -> float:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from iterbatch.data_loader import Batch
+from iterbatch.data.data_loader import Batch
 from iterbatch.errors import RunError
-from iterbatch.record import BatchRecord
-from iterbatch.scheduler import MAX_REPEATS
+from iterbatch.records.record import BatchRecord
+from iterbatch.strategy.scheduler import MAX_REPEATS
 from iterbatch.strategy.base import BaseTrainingStrategy, Step
 from iterbatch.strategy.original import ABRStrategy, abr_repeats
 

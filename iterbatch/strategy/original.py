@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from iterbatch.data_loader import Batch
-from iterbatch.record import BatchRecord
-from iterbatch.scheduler import MAX_REPEATS, GainLearner
+from iterbatch.data.data_loader import Batch
+from iterbatch.records.record import BatchRecord
+from iterbatch.strategy.scheduler import MAX_REPEATS, GainLearner
 from iterbatch.strategy.base import Adapter, BaseTrainingStrategy, Step
 
 # --------------------------------------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
     On a share ``probe_rate`` of the batches it keeps the adapter as it was before the batch's last pass, and lets ``step`` score the next
     batch under it. That batch's own fresh pass gives its loss with the last pass taken, so their difference is what this one pass was worth on
     text the model had not seen (EVIDENCE: paired snapshot probe). Probes need unseen text: after the first epoch the learned policy goes on
-    unchanged. See :mod:`iterbatch.scheduler` for the decision and the network.
+    unchanged. See :mod:`iterbatch.strategy.scheduler` for the decision and the network.
     """
 
     def __init__(self, max_repeats: int = MAX_REPEATS, probe_rate: float = 0.1, seed: int = 0) -> None:

@@ -1,0 +1,96 @@
+"""Perplexity, sum over sum."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from iterbatch.data.data_loader import EvalText, collate
+from iterbatch.reuse.prefix import PrefixSource
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over a text, and the figures that follow from them. Words and bytes are those of the text's source."""
+
+    nats: float
+    tokens: int
+    words: int
+    bytes: int
+    document_nats: list[float] = field(default_factory=list)
+    document_tokens: list[int] = field(default_factory=list)
+
+    @property
+    def ppl(self) -> float:
+        """Token perplexity, exp(nats / tokens)."""
+        return _exp(self.nats / self.tokens)
+
+    @property
+    def word_ppl(self) -> float:
+        """Word perplexity, exp(nats / words): comparable between tokenizers."""
+        return _exp(self.nats / self.words)
+
+    @property
+    def byte_ppl(self) -> float:
+        """Byte perplexity, exp(nats / bytes)."""
+        return _exp(self.nats / self.bytes)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte, nats / bytes / ln 2."""
+        return self.nats / self.bytes / math.log(2)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def score(
+    model: Any,
+    text: EvalText,
+    accelerator: Any,
+    *,
+    source: PrefixSource | None = None,  # of this text; default: without a store
+    batch_size: int = 8,  # windows scored together
+    pad_id: int = 0,
+    padding_side: str = "right",
+    between: Callable[[], None] = lambda: None,
+) -> Score:
+    """Score every token of a text once, in eval mode, without gradients.
+
+    The result does not depend on ``batch_size`` or ``padding_side``: windows are independent and padding is never attended to.
+
+    Args:
+        model: A :class:`iterbatch.model.cut.CutModel`, not distributed: processes may do different numbers of forwards.
+        text: Its windows are split over the processes.
+        accelerator: Places, casts and reduces.
+        source: Of the text's prefix activations.
+        batch_size: Windows scored together.
+        pad_id: Token that fills up short windows.
+        padding_side: ``right``, or ``left`` where no activations are to be kept.
+        between: Called between two groups of windows, where a run may be stopped.
+    """
+    source = source or PrefixSource(model, accelerator.device)
+    training = model.training
+    model.eval()
+    # Longest first: windows of like length share a batch, and a batch too large for memory fails at once.
+    order = sorted(range(len(text.windows)), key=lambda index: -len(text.windows[index].input_ids))
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # One sum a document: comparisons resample documents.
+    nats = torch.zeros(text.documents, dtype=torch.float64, device=accelerator.device if accelerator.device.type != "mps" else "cpu")
+    for group in groups[accelerator.process_index :: accelerator.num_processes]:
+        between()
+        micro = collate([text.windows[index] for index in group], pad_id, padding_side)
+        if padding_side == "right":  # what stands left of a window would change what is kept of it
+            micro = dataclasses.replace(micro, blocks=tuple(group))
+        with torch.no_grad(), accelerator.autocast():
+            micro = micro.to(accelerator.device)
+            rows = model(source.fetch(micro)[0], micro).sum(dim=1, dtype=torch.float64).to(nats.device)
+        nats.index_add_(0, torch.tensor([text.windows[index].document for index in group], device=nats.device), rows)
+        source.settle()
+    model.train(training)
+    nats = accelerator.reduce(nats, "sum")
+    return Score(float(nats.sum()), text.tokens, text.words, text.bytes, nats.tolist(), text.document_tokens)

@@ -1,0 +1,268 @@
+"""The figures of a comparison's report, from its scores. Each is drawn once and kept as SVG for the page, and as PDF and PNG for papers."""
+
+import io
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iterbatch.report.plots import PALETTE, plain_ticks, smooth
+from iterbatch.records.record import BatchRecord, whole_or_not
+from iterbatch.report.comparison import AXES, REFERENCE, ArmScores, CellScores, batches_of
+
+INK = "#010203"  # drawn in this, shown in the page's own text colour
+STYLES = ("-", "--", ":")
+MANY = 6  # arms in a legend
+POINTS = 4000  # of an arm in a scatter plot
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure."""
+
+    name: str  # of its files
+    title: str
+    reading: str  # how to read it, in a sentence
+    svg: str
+
+
+def draw(cell: CellScores, folder: Path) -> list[Drawing]:
+    """Draw everything the records allow, and keep PDF and PNG files in ``folder``."""
+    records = {arm.name: [batches_of(seed) for seed in arm.finished] for arm in cell.arms}
+    wanted: list[tuple[str, str, str, Any]] = [
+        (
+            f"perplexity_{axis}",
+            f"Perplexity against {label}",
+            "Lower and further left is better. Lines are means over seeds, bands their range; the untrained base is left out.",
+            lambda axes, axis=axis, label=label: _curves(axes, cell, axis, label),
+        )
+        for axis, label in AXES.items()
+        if axis != "updates"
+    ]
+    wanted += [
+        (
+            "differences",
+            "Difference to the baseline",
+            "Log perplexity on the test split, arm minus baseline with the same seed. Left of 0 is better. Each bar is for its arm alone.",
+            lambda axes: _forest(axes, cell),
+        ),
+        (
+            "time_to_target",
+            "Compute to reach the baseline's perplexity",
+            "FLOPs until the baseline's mean final validation loss, as a share of what the baseline spends. No bar: not reached with every seed.",
+            lambda axes: _to_target(axes, cell),
+        ),
+        (
+            "repeats",
+            "Repeats over training",
+            "Passes a batch, mean over seeds and 15 batches.",
+            lambda axes: _repeats(axes, cell, records),
+        ),
+        (
+            "repeats_by_loss",
+            "Repeats against initial loss",
+            "One point a batch: a rule that follows the loss rises to the right.",
+            lambda axes: _by_loss(axes, cell, records),
+        ),
+        (
+            "loss_by_pass",
+            "Loss after each repeat",
+            "Loss before each pass on a batch minus its initial loss, mean over batches with that many passes. It falls there whether or not "
+            "anything is learnt that helps elsewhere.",
+            lambda axes: _by_pass(axes, cell, records),
+        ),
+        (
+            "compute",
+            "What the compute went into",
+            "FLOPs a run, mean over seeds: fresh passes, repeats, and overhead (probes, and what was undone).",
+            lambda axes: _split(axes, cell),
+        ),
+    ]
+    drawings = []
+    for name, title, reading, paint in wanted:
+        figure, axes = _empty_figure(title)
+        if paint(axes):
+            drawings.append(Drawing(name, title, reading, _keep(figure, folder, name)))
+    return drawings
+
+
+def _empty_figure(title: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 4.0), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, color=INK, fontsize=11, loc="left")
+    axes.grid(alpha=0.25, color=INK, linewidth=0.6)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.xaxis.label.set(color=INK, fontsize=9)
+    axes.yaxis.label.set(color=INK, fontsize=9)
+    for side, spine in axes.spines.items():
+        spine.set(color=INK, visible=side in ("left", "bottom"), linewidth=0.8)
+    return figure, axes
+
+
+def _keep(figure: Any, folder: Path, name: str) -> str:
+    """Write PDF and PNG, and give the SVG as part of a page: its own ids, the page's text colour."""
+    import matplotlib as mpl
+
+    for kind in ("pdf", "png"):
+        with whole_or_not(folder / f"{name}.{kind}") as scratch:
+            figure.savefig(scratch, format=kind, metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\1{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    return svg.replace(INK, "currentColor")
+
+
+def _colour(cell: CellScores, arm: str) -> dict[str, Any]:
+    place = [each.name for each in cell.arms].index(arm)
+    colour = PALETTE[place % (len(PALETTE) - 1)]  # not black, which a dark page hides
+    return {"color": colour, "linestyle": STYLES[place // (len(PALETTE) - 1) % len(STYLES)]}
+
+
+def _legend(axes: Any, **more: Any) -> None:
+    names = axes.get_legend_handles_labels()[1]
+    if len(names) > MANY:  # below the axes, where it hides no curve
+        more |= {"ncols": 4, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+    if names:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, **more)
+
+
+def _curves(axes: Any, cell: CellScores, axis: str, label: str) -> bool:
+    from matplotlib.ticker import EngFormatter
+
+    for arm in cell.arms:
+        curves = [[record for record in seed.validation if record.fraction > 0] for seed in arm.finished]
+        points = list(zip(*curves, strict=False))
+        if not points:
+            continue
+        cost = [statistics.fmean(getattr(record, axis) for record in group) for group in points]
+        values = np.array([[record.ppl for record in group] for group in points])
+        style = _colour(cell, arm.name)
+        axes.plot(cost, values.mean(axis=1), marker="o", markersize=3, linewidth=1.4, label=arm.name, **style)
+        if len(curves) > 1:
+            axes.fill_between(cost, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.12, linewidth=0)
+    axes.set(xlabel=label, ylabel="validation perplexity", yscale="log")
+    plain_ticks(axes)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    _legend(axes)
+    return bool(axes.lines)
+
+
+def _rows(axes: Any, names: Sequence[str]) -> np.ndarray:
+    places = np.arange(len(names))[::-1]
+    axes.set_yticks(places, names)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.grid(visible=False, axis="y")
+    return places
+
+
+def _forest(axes: Any, cell: CellScores) -> bool:
+    found = [each for each in cell.against_baseline if np.isfinite(each.estimate)]
+    for place, each in zip(_rows(axes, [each.arm for each in found]), found, strict=True):
+        colour = _colour(cell, each.arm)["color"]
+        if each.interval is not None:
+            axes.plot([each.interval.low, each.interval.high], [place, place], color=colour, linewidth=2)
+        axes.plot([each.estimate], [place], marker="s", color=colour, markersize=5)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel="difference of log perplexity, nats a token, 95% interval")
+    return bool(found)
+
+
+def _to_target(axes: Any, cell: CellScores) -> bool:
+    if np.isnan(cell.target):
+        return False
+    for place, arm in zip(_rows(axes, [arm.name for arm in cell.arms]), cell.arms, strict=True):
+        interval, reached, of = cell.to_target(arm.name)
+        if arm.name == REFERENCE:
+            axes.barh(place, 1, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8)
+        elif reached == of and interval.estimate > 0:
+            axes.barh(place, 1 / interval.estimate, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8)
+            if np.isfinite(interval.low):
+                axes.plot([1 / interval.high, 1 / interval.low], [place, place], color=INK, linewidth=1)
+        else:
+            axes.text(0.01, place, f"reached with {reached} of {of} seeds", va="center", fontsize=8, color=INK)
+    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.set(xlabel="FLOPs to target, share of the baseline's", xlim=(0, None))
+    return True
+
+
+def _repeats(axes: Any, cell: CellScores, records: dict[str, list[list[BatchRecord]]]) -> bool:
+    for arm in cell.arms:
+        seeds = [[record.repeats_done + len(record.revisited) for record in seed] for seed in records[arm.name] if seed]
+        if not seeds:
+            continue
+        length = min(map(len, seeds))
+        passes = np.array([seed[:length] for seed in seeds], dtype=float).mean(axis=0)
+        axes.plot(np.arange(length), smooth(passes), linewidth=1.4, label=arm.name, **_colour(cell, arm.name))
+    axes.set(xlabel="batch", ylabel="passes a batch")
+    _legend(axes)
+    return bool(axes.lines)
+
+
+def _by_loss(axes: Any, cell: CellScores, records: dict[str, list[list[BatchRecord]]]) -> bool:
+    random = np.random.default_rng(0)
+    for place, arm in enumerate(cell.arms):
+        points = np.array([(record.initial_loss, record.repeats_done) for seed in records[arm.name] for record in seed], dtype=float)
+        if not len(points) or points[:, 1].min() == points[:, 1].max():
+            continue  # the same for every batch: nothing to see
+        points = points[random.permutation(len(points))[:POINTS]]
+        offset = (place - (len(cell.arms) - 1) / 2) * 0.6 / len(cell.arms)
+        height = points[:, 1] + offset + random.uniform(-0.04, 0.04, len(points))
+        axes.scatter(points[:, 0], height, s=5, alpha=0.5, linewidths=0, color=_colour(cell, arm.name)["color"], label=arm.name)
+    axes.set(xlabel="initial loss, nats a token", ylabel="passes")
+    _legend(axes, markerscale=3)
+    return bool(axes.collections)
+
+
+def _by_pass(axes: Any, cell: CellScores, records: dict[str, list[list[BatchRecord]]]) -> bool:
+    for arm in cell.arms:
+        repeated = [record.losses for seed in records[arm.name] for record in seed if len(record.losses) > 1]
+        if not repeated:
+            continue
+        deepest = max(map(len, repeated))
+        means = [statistics.fmean(losses[done] - losses[0] for losses in repeated if len(losses) > done) for done in range(deepest)]
+        axes.plot(range(1, deepest + 1), means, marker="o", markersize=4, linewidth=1.4, label=arm.name, **_colour(cell, arm.name))
+    axes.set(xlabel="pass", ylabel="loss before it, minus initial loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend(axes)
+    return bool(axes.lines)
+
+
+def _split(axes: Any, cell: CellScores) -> bool:
+    arms = [arm for arm in cell.arms if arm.finished]
+    places = _rows(axes, [arm.name for arm in arms])
+    left = np.zeros(len(arms))
+    for label, colour, keys in (
+        ("fresh", PALETTE[0], ("flops_fresh",)),
+        ("repeats", PALETTE[1], ("flops_repeat",)),
+        ("overhead", PALETTE[2], ("flops_probe", "flops_lost")),
+    ):
+        width = np.array([_total(arm, keys) for arm in arms])
+        axes.barh(places, width, left=left, height=0.6, color=colour, label=label)
+        left += width
+    _plain_x(axes)
+    axes.set(xlabel="FLOPs a run", xlim=(0, left.max() * 1.02 if len(left) else 1))
+    _legend(axes, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return bool(arms)
+
+
+def _plain_x(axes: Any) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+
+
+def _total(arm: ArmScores, keys: Sequence[str]) -> float:
+    return sum(value for value in (arm.mean(key) for key in keys) if not np.isnan(value))

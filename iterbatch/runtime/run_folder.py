@@ -1,0 +1,168 @@
+"""The run's folder: which one it is, whose it is, and that one process at a time writes to it."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from iterbatch.config import LAST, BenchConfig
+from iterbatch.errors import RunError
+from iterbatch.records.record import sweep, write_text
+
+RESUMABLE = ("strategies", "seeds", "save_dir", "log_with", "eval_batch_size", "checkpoint_every")  # may differ when a run is gone on with
+CONFIG, LOCK, HOLDER = "config.yaml", "lock", "holder.json"
+
+
+def resume_folder(resume: Path, save_dir: Path, run_name: str | None) -> Path:
+    """The folder that ``--resume`` means: the one given, or else that of ``--run_name``, or else the newest run in ``--save_dir``.
+
+    Raises:
+        RunError: where no run is there.
+    """
+    if resume != LAST:
+        folder = resume
+    elif run_name is not None:
+        folder = save_dir / run_name
+    else:
+        runs = [file for file in save_dir.glob(f"*/{CONFIG}") if file.is_file()] if save_dir.is_dir() else []
+        if not runs:
+            raise RunError(f"there is no run in {save_dir} to go on with; leave --resume out to start one")
+        folder = max(runs, key=lambda file: file.stat().st_mtime).parent
+    folder = folder.resolve()
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"there is no run to go on with at {folder}; leave --resume out to start it")
+    return folder
+
+
+def find_folder(config: BenchConfig) -> Path:
+    """The run's folder, checked before long work but not made yet.
+
+    Raises:
+        RunError: where it exists without ``--resume`` or ``--overwrite``, does not exist with ``--resume``, was made by another
+            configuration, or cannot be written.
+    """
+    run = config.run
+    if run.resume is not None:
+        folder = resume_folder(run.resume, run.save_dir, run.run_name)
+        _check_same_experiment(config, folder)
+    else:
+        name = run.run_name or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', config.data.dataset)}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = run.save_dir / name
+        _check_free(folder, run.overwrite)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder if run.resume else folder.parent).close()
+    except OSError as problem:
+        raise RunError(f"{problem.filename or folder} cannot be written ({problem.strerror}); give another --save_dir") from problem
+    return folder
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """Whether a run may begin here: nothing is there, or a run that may be replaced."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise RunError(f"{folder} is not a folder; give another --run_name")
+    if not folder.exists() or not any(_content(folder)):
+        return
+    if not overwrite:
+        raise RunError(f"{folder} exists already; go on with it by --resume {folder}, replace it by --overwrite, or give another --run_name")
+    if not (folder / CONFIG).exists():
+        raise RunError(f"{folder} is not the folder of a run (it has no {CONFIG}), so --overwrite leaves it alone; give another --run_name")
+
+
+def _content(folder: Path) -> list[Path]:
+    """What is in a folder, but for what a run leaves that ended before it began."""
+    return [entry for entry in folder.iterdir() if entry.name not in (LOCK, HOLDER) and not entry.name.startswith(".")]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings a run was made with.
+
+    Raises:
+        RunError: where they cannot be read.
+    """
+    try:
+        content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
+        raise RunError(f"{folder / CONFIG} cannot be read ({_first_line(problem)}); the run cannot be gone on with") from problem
+    if not isinstance(content, dict):
+        raise RunError(f"{folder / CONFIG} is damaged: it holds a {type(content).__name__}; the run cannot be gone on with")
+    return content
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+
+
+def _check_same_experiment(config: BenchConfig, folder: Path) -> None:
+    then, now = read_config(folder), config.flat()
+    changed = [f"--{key} was {then.get(key)}, now {value}" for key, value in now.items() if key not in RESUMABLE and then.get(key) != value]
+    if changed:
+        raise RunError(f"{folder} was made with other settings, its arms could not be compared: {'; '.join(changed)}. Give another --run_name")
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------
+# One process at a time
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it against other processes.
+
+    The lock is the system's: it ends with its process, however that ends. ``holder.json`` only says who to look for.
+
+    Raises:
+        RunError: where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as problem:
+        raise RunError(f"{folder} is in use by {_holder(folder)}; wait for it to end, or give another --run_name") from problem
+    try:
+        write_text(folder / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def hold(folder: Path, config: BenchConfig) -> Iterator[None]:
+    """Hold a run's folder, and write the configuration into it.
+
+    Raises:
+        RunError: where another process holds it.
+    """
+    with locked(folder):
+        if config.run.resume is None:
+            _check_free(folder, config.run.overwrite)  # another run may have begun and ended here in the meantime
+            empty(folder)
+        sweep(folder)
+        if not (folder / CONFIG).exists():
+            write_text(folder / CONFIG, config.to_yaml())
+        yield
+
+
+def _holder(folder: Path) -> str:
+    try:
+        who = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        return f"process {int(who['pid'])} on {str(who['host'])!r}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"
+
+
+def empty(folder: Path) -> None:
+    """Delete a run, its configuration last: until then it is still known for what it is."""
+    for entry in sorted(_content(folder), key=lambda entry: entry.name == CONFIG):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
