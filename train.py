@@ -1,4 +1,4 @@
-"""The original experiment's command, from a fresh clone: ``python train.py --model llama …`` equals ``iterbatch train …``."""
+"""The original experiment's command, from a fresh clone: equals ``iterbatch train …``."""
 
 import sys
 

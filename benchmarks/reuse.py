@@ -1,13 +1,16 @@
-"""What reusing the frozen prefix saves: across epochs, beside Hugging Face Trainer, across arms and seeds; and what a read costs.
+"""What reusing the frozen prefix saves: across epochs, beside Hugging Face Trainer, across arms and seeds.
+
+And what a read costs.
 
     python benchmarks/reuse.py                       # all parts, about 25 minutes on two cores
     python benchmarks/reuse.py --parts epochs read   # some
 
-Bundled base, CaSiNo, batch 4 x 256, each round with an empty store. What is compared takes turns within a round; figures are medians over rounds.
+Bundled base, CaSiNo, batch 4 x 256, each round with an empty store. What is compared takes turns
+within a round; figures are medians over rounds.
 
     epochs   seconds of epoch 2 over epoch 1, top:2, --reuse epoch
-    trainer  3 epochs, same adapters, batches, learning rates: Trainer's seconds over ours, and both perplexities
-    shared   4 arms x 3 seeds x 3 epochs: real seconds with a shared store over the same with --reuse batch
+    trainer  3 epochs, same adapters, batches, rates: Trainer's seconds over ours, and both perplexities
+    shared   4 arms x 3 seeds x 3 epochs: seconds with a shared store over the same with --reuse batch
     read     reading a block from the store over computing it
     bf16     float32 model, bfloat16 store: how much the validation perplexity after an epoch moves
 """
@@ -28,18 +31,23 @@ from typing import Any
 import torch
 from throughput import trainer
 
-from iterbatch.bench import run as bench
-from iterbatch.training.budget import Allowance, Ledger
-from iterbatch.config import BenchConfig, make_config
-from iterbatch.model.cut import CutModel, compiled
-from iterbatch.evaluation.perplexity import score
-from iterbatch.training.loop import fit
-from iterbatch.model.load import PRECISION, flop_model, load_model, reset_adapter
+import iterbatch
 from iterbatch.bench.prepare import Prepared, make_stream, prepare
+from iterbatch.checks import make_config
+from iterbatch.config import BenchConfig
+from iterbatch.evaluation.perplexity import score
+from iterbatch.model.cut import CutModel, compiled
+from iterbatch.model.flops import flop_model
+from iterbatch.model.load import PRECISION, load_model
+from iterbatch.model.lora import reset_adapter
+from iterbatch.reuse.prefetch import Prefetch
+from iterbatch.reuse.run_stores import open_reuse
 from iterbatch.runtime.processes import make_accelerator
-from iterbatch.reuse.prefix import Prefetch, open_reuse
-from iterbatch.training.step import StepSettings, TrainingStep, make_optimizer
-from iterbatch.strategy import BaselineStrategy
+from iterbatch.strategy.original import BaselineStrategy
+from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.loop import fit
+from iterbatch.training.passes import make_optimizer
+from iterbatch.training.step import StepSettings, TrainingStep
 
 EPOCHS, LENGTH, BATCH = 3, 256, 4
 TOKENS = 98_304
@@ -87,10 +95,18 @@ class Bed:
     def make(cls, data: Path, layers: str, **flags: Any) -> "Bed":
         """Load the bundled base with adapters on some layers."""
         config: BenchConfig = make_config(
-            data_dir=data, max_train_tokens=TOKENS, max_eval_tokens=10_000, epochs=EPOCHS, lora_layers=layers, **{"reuse": "epoch", **flags}
+            data_dir=data,
+            max_train_tokens=TOKENS,
+            max_eval_tokens=10_000,
+            epochs=EPOCHS,
+            lora_layers=layers,
+            **{"reuse": "epoch", **flags},
         )
         prepared = prepare(config)
-        model, accelerator = load_model(prepared.base, config.model), make_accelerator(PRECISION[prepared.base.dtype])
+        model, accelerator = (
+            load_model(prepared.base, config.model),
+            make_accelerator(PRECISION[prepared.base.dtype]),
+        )
         return cls(prepared, model, accelerator, accelerator.prepare_model(CutModel(model)))
 
     def train(self, epochs: int = EPOCHS) -> tuple[dict[int, float], float]:
@@ -103,8 +119,25 @@ class Bed:
         ledger, allowance, watcher = Ledger(), Allowance("epochs", batches, batches), Epochs()
         with open_reuse(self.prepared, self.cut, self.accelerator.device, print) as reuse:
             source = reuse.sources["train"]
-            step = TrainingStep(self.cut, optimizer, self.accelerator, flop_model(self.model), ledger, allowance, StepSettings(config.lr), source)
-            fit(BaselineStrategy(), Prefetch(make_stream(self.prepared, 0, 0, 1), source), step, ledger, allowance, watcher, evals=1)
+            step = TrainingStep(
+                self.cut,
+                optimizer,
+                self.accelerator,
+                flop_model(self.model),
+                ledger,
+                allowance,
+                StepSettings(config.lr),
+                source,
+            )
+            fit(
+                BaselineStrategy(),
+                Prefetch(make_stream(self.prepared, 0, 0, 1), source),
+                step,
+                ledger,
+                allowance,
+                watcher,
+                evals=1,
+            )
             ppl = self.ppl()
         self.accelerator.free_memory()
         return watcher.seconds, ppl
@@ -115,7 +148,11 @@ class Bed:
 
 
 def show(name: str, values: list[float], note: str = "") -> None:
-    print(f"{name}: {statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f}), {len(values)} rounds{note}", flush=True)
+    print(
+        f"{name}: {statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f}), {len(values)} "
+        f"rounds{note}",
+        flush=True,
+    )
 
 
 def part_epochs(data: Path, rounds: int) -> None:
@@ -144,14 +181,35 @@ def part_trainer(data: Path, rounds: int) -> None:
             cold.append(start)
             times["ours, --compile"].append(sum(seconds.values()))
             batches = EPOCHS * make_stream(theirs.prepared, 0, 0, 1).batches_per_epoch
-            best = {"use_cpu": theirs.accelerator.device.type == "cpu", "bf16": theirs.prepared.base.dtype == "bfloat16"}
-            schedule = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": round(0.03 * batches), "adam_beta2": 0.99}
-            per_pass = trainer(theirs.model, theirs.prepared.blocks, batches, scratch, warm=0, lr=theirs.prepared.config.lr, **best, **schedule)
+            best = {
+                "use_cpu": theirs.accelerator.device.type == "cpu",
+                "bf16": theirs.prepared.base.dtype == "bfloat16",
+            }
+            schedule = {
+                "optim": "adamw_torch_fused",
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": round(0.03 * batches),
+                "adam_beta2": 0.99,
+            }
+            per_pass = trainer(
+                theirs.model,
+                theirs.prepared.blocks,
+                batches,
+                scratch,
+                warm=0,
+                lr=theirs.prepared.config.lr,
+                **best,
+                **schedule,
+            )
             times["Trainer"].append(per_pass * batches)
             ppls["Trainer"] = theirs.ppl()
         for name, values in times.items():
             note = f"; {statistics.median(values):.1f} s, validation perplexity {ppls[name]:.3f}"
-            show(f"{layers}: Trainer / {name}", [t / v for t, v in zip(times["Trainer"], values, strict=True)], note)
+            show(
+                f"{layers}: Trainer / {name}",
+                [t / v for t, v in zip(times["Trainer"], values, strict=True)],
+                note,
+            )
         print(f"cold start of --compile: {cold[0]:.1f} s", flush=True)
 
 
@@ -175,12 +233,21 @@ def part_shared(data: Path, rounds: int) -> None:
                         log_with=["none"],
                     )
                     start = time.perf_counter()
-                    rows = json.loads((bench.run(config) / "summary.json").read_text(encoding="utf-8"))
+                    rows = json.loads((iterbatch.run(config) / "summary.json").read_text(encoding="utf-8"))
                 whole[reuse].append(time.perf_counter() - start)
-                training[reuse].append(sum(row["train_seconds"] - row["seconds_charged"] for row in rows))  # what really passed
-        for name, seconds in (("training", training), ("the whole run, evaluation and samples included", whole)):
-            ratios = [with_store / without for with_store, without in zip(seconds["epoch"], seconds["batch"], strict=True)]
-            note = f"; {statistics.median(seconds['epoch']):.0f} s against {statistics.median(seconds['batch']):.0f} s"
+                training[reuse].append(
+                    sum(row["train_seconds"] - row["seconds_charged"] for row in rows)
+                )  # what really passed
+        for name, seconds in (
+            ("training", training),
+            ("the whole run, evaluation and samples included", whole),
+        ):
+            ratios = [
+                with_store / without
+                for with_store, without in zip(seconds["epoch"], seconds["batch"], strict=True)
+            ]
+            medians = [statistics.median(seconds[reuse]) for reuse in ("epoch", "batch")]
+            note = "; {:.0f} s against {:.0f} s".format(*medians)
             show(f"4 arms x 3 seeds x 3 epochs, {layers}, {name}: shared store / without", ratios, note)
 
 
@@ -207,27 +274,51 @@ def part_read(data: Path, rounds: int) -> None:
                     reading = seconds_a_block(source.fetch, batches)
                 ratios.append(reading / computing)
                 reads.append(1e3 * reading)
-        show(f"read / compute, a block, {layers}", ratios, f"; a read takes {statistics.median(reads):.3f} ms")
+        show(
+            f"read / compute, a block, {layers}", ratios, f"; a read takes {statistics.median(reads):.3f} ms"
+        )
 
 
 def part_bf16(data: Path, rounds: int) -> None:
     for layers in ("top:4", "top:2"):
         ppls = {}
-        for name, flags in (("none", {"reuse": "batch"}), ("bfloat16", {"reuse_dtype": "bfloat16"}), ("float32", {"reuse_dtype": "float32"})):
+        for name, flags in (
+            ("none", {"reuse": "batch"}),
+            ("bfloat16", {"reuse_dtype": "bfloat16"}),
+            ("float32", {"reuse_dtype": "float32"}),
+        ):
             with empty_cache():
                 _, ppls[name] = Bed.make(data, layers, dtype="float32", **flags).train(epochs=1)
-        changes = ", ".join(f"{name} {100 * (ppl / ppls['none'] - 1):+.4f}%" for name, ppl in ppls.items() if name != "none")
-        print(f"validation perplexity after an epoch, float32 model, {layers}: {ppls['none']:.4f} without a store; {changes}", flush=True)
+        changes = ", ".join(
+            f"{name} {100 * (ppl / ppls['none'] - 1):+.4f}%" for name, ppl in ppls.items() if name != "none"
+        )
+        print(
+            f"validation perplexity after an epoch, float32 model, {layers}: {ppls['none']:.4f} without a "
+            f"store; {changes}",
+            flush=True,
+        )
 
 
-PARTS = {"read": part_read, "epochs": part_epochs, "bf16": part_bf16, "trainer": part_trainer, "shared": part_shared}
+PARTS = {
+    "read": part_read,
+    "epochs": part_epochs,
+    "bf16": part_bf16,
+    "trainer": part_trainer,
+    "shared": part_shared,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ITERBATCH_DATA") or "../shared/data") / "dialogue" / "casino")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(os.environ.get("ITERBATCH_DATA") or "../shared/data") / "dialogue" / "casino",
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")

@@ -1,9 +1,12 @@
-"""Tokens a second of the baseline strategy beside Hugging Face Trainer and a bare PyTorch loop, and the price of ABR's passes.
+"""Tokens a second of the baseline strategy beside Hugging Face Trainer and a bare PyTorch loop.
+
+And the price of ABR's passes.
 
     python benchmarks/throughput.py --rounds 7 --passes 16
 
-Same base, LoRA, batches (4 x 256) and learning rate. The variants take turns within each round, so that a machine whose speed drifts treats all
-alike; figures are medians over rounds and of ratios within a round. The first two passes of every turn are warm-up and not counted.
+Same base, LoRA, batches (4 x 256) and learning rate. The variants take turns within each round, so
+that a machine whose speed drifts treats all alike; figures are medians over rounds and of ratios
+within a round. The first two passes of every turn are warm-up and not counted.
 """
 
 import argparse
@@ -16,16 +19,21 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from iterbatch.training.budget import Allowance, Ledger
-from iterbatch.config import BenchConfig, make_config
-from iterbatch.model.cut import CutModel, compiled
+from iterbatch.checks import make_config
+from iterbatch.config import BenchConfig
+from iterbatch.data.corpus import read_corpus
 from iterbatch.data.data_loader import BatchStream, prepare_blocks
-from iterbatch.data.documents import read_corpus
-from iterbatch.training.loop import fit
-from iterbatch.model.load import PRECISION, adapter_parameters, flop_model, load_base, load_model, reset_adapter
+from iterbatch.model.cut import CutModel, compiled
+from iterbatch.model.flops import flop_model
+from iterbatch.model.load import PRECISION, load_base, load_model
+from iterbatch.model.lora import adapter_parameters, reset_adapter
 from iterbatch.runtime.processes import make_accelerator
-from iterbatch.training.step import StepSettings, TrainingStep, make_optimizer
-from iterbatch.strategy import ABRStrategy, BaselineStrategy, BaseTrainingStrategy
+from iterbatch.strategy import BaseTrainingStrategy
+from iterbatch.strategy.original import ABRStrategy, BaselineStrategy
+from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.loop import fit
+from iterbatch.training.passes import make_optimizer
+from iterbatch.training.step import StepSettings, TrainingStep
 
 BATCH, LENGTH, LR, WARM = 4, 256, 5e-3, 2
 COLD_STARTS: list[float] = []
@@ -48,7 +56,9 @@ class Times:
         """Nothing to score here."""
 
 
-def ours(model, flops, blocks: np.ndarray, accelerator, strategy: BaseTrainingStrategy, batches: int) -> float:
+def ours(
+    model, flops, blocks: np.ndarray, accelerator, strategy: BaseTrainingStrategy, batches: int
+) -> float:
     """Seconds a batch of this project's loop."""
     reset_adapter(model, seed=0)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, LR, 0.0))
@@ -60,14 +70,17 @@ def ours(model, flops, blocks: np.ndarray, accelerator, strategy: BaseTrainingSt
 
 
 def ours_compiled(model, flops, blocks: np.ndarray, accelerator, batches: int) -> float:
-    """The same for the baseline with --compile: entered anew each turn, because it holds for the whole process, and after the first turn quick."""
+    """The same for the baseline with --compile.
+
+    Entered anew each turn, because it holds for the whole process, and after the first turn quick.
+    """
     with compiled(model, accelerator, (BATCH, LENGTH)) as cold_start:
         COLD_STARTS.append(cold_start)
         return ours(model, flops, blocks, accelerator, BaselineStrategy(), batches)
 
 
 def bare_loop(model, blocks: np.ndarray, passes: int) -> float:
-    """Seconds a pass of the shortest loop one would write by hand, with the same weights, autocast and optimizer."""
+    """Seconds a pass of the shortest loop one would write, with the same weights, autocast, optimizer."""
     reset_adapter(model, seed=0)
     parameters = list(adapter_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -89,7 +102,9 @@ def bare_loop(model, blocks: np.ndarray, passes: int) -> float:
     return (time.perf_counter() - start) / passes
 
 
-def trainer(model, blocks: np.ndarray, passes: int, scratch: Path, warm: int = WARM, lr: float = LR, **settings) -> float:
+def trainer(
+    model, blocks: np.ndarray, passes: int, scratch: Path, warm: int = WARM, lr: float = LR, **settings
+) -> float:
     """Seconds a pass of Hugging Face Trainer, on the batches that ours gets, in their order."""
     from peft.tuners.lora import LoraLayer
     from torch.utils.data import SequentialSampler
@@ -101,7 +116,9 @@ def trainer(model, blocks: np.ndarray, passes: int, scratch: Path, warm: int = W
 
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = True  # PEFT's default, which a user of Trainer has; this project switches it off
+            module.cast_input_dtype_enabled = (
+                True  # PEFT's default, which a user of Trainer has; this project switches it off
+            )
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -135,7 +152,9 @@ def trainer(model, blocks: np.ndarray, passes: int, scratch: Path, warm: int = W
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--passes", type=int, default=16, help="counted passes of each variant in a round")
     parser.add_argument("--repeats", type=int, default=3, help="passes a batch of the ABR variant")
@@ -148,11 +167,16 @@ def main() -> None:
     corpus = read_corpus("pydocs")
     blocks = prepare_blocks(corpus.splits["train"], base.tokenizer, LENGTH, data_key=corpus.digest())
     accelerator = make_accelerator(PRECISION[base.dtype])
-    # A model for each, so that no one's preparation (Accelerate patches the forward) is left over for another.
-    mine, fast, bare, best_model, compiled_model = (load_model(base, config.model).train().to(accelerator.device) for _ in range(5))
+    # A model for each, so that no one's preparation (Accelerate patches the forward) is left over for
+    # another.
+    mine, fast, bare, best_model, compiled_model = (
+        load_model(base, config.model).train().to(accelerator.device) for _ in range(5)
+    )
     flops = flop_model(mine)
     mine, fast = (accelerator.prepare_model(CutModel(model)) for model in (mine, fast))
-    default_model = load_model(load_base(make_config(dtype="float32")), config.model).train().to(accelerator.device)
+    default_model = (
+        load_model(load_base(make_config(dtype="float32")), config.model).train().to(accelerator.device)
+    )
     defaults = {"use_cpu": accelerator.device.type == "cpu"}
     best = defaults | {"bf16": base.dtype == "bfloat16", "optim": "adamw_torch_fused"}
     n, r = arguments.passes, arguments.repeats
@@ -161,9 +185,13 @@ def main() -> None:
         "iterbatch baseline, --compile": lambda: ours_compiled(fast, flops, blocks, accelerator, n),
         "bare PyTorch loop": lambda: bare_loop(bare, blocks, n),
         "Trainer, best settings": lambda: trainer(best_model, blocks, n, arguments.scratch, **best),
-        "Trainer, best settings and torch_compile": lambda: trainer(compiled_model, blocks, n, arguments.scratch, **best, torch_compile=True),
+        "Trainer, best settings and torch_compile": lambda: trainer(
+            compiled_model, blocks, n, arguments.scratch, **best, torch_compile=True
+        ),
         "Trainer, defaults": lambda: trainer(default_model, blocks, n, arguments.scratch, **defaults),
-        f"iterbatch abr, {r} passes a batch": lambda: ours(mine, flops, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r,
+        f"iterbatch abr, {r} passes a batch": lambda: (
+            ours(mine, flops, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(arguments.rounds):
@@ -171,18 +199,32 @@ def main() -> None:
         for name in names:
             seconds[name].append(variants[name]())
     report(seconds, base.dtype, arguments.rounds, n)
-    print(f"\nCold start of --compile: {COLD_STARTS[0]:.1f} s. Trainer's torch_compile starts within its uncounted passes.")
+    print(
+        f"\nCold start of --compile: {COLD_STARTS[0]:.1f} s. Trainer's torch_compile starts within its "
+        "uncounted passes."
+    )
 
 
 def report(seconds: dict[str, list[float]], dtype: str, rounds: int, passes: int) -> None:
     eager, fast = list(seconds)[:2]
-    print(f"\n{dtype}, {torch.get_num_threads()} threads, {rounds} rounds of {passes} passes, batch {BATCH} x {LENGTH}, torch {torch.__version__}\n")
-    print("| variant | ms a pass, median (min-max) | tokens/s | its time over the baseline's | over the baseline's with --compile |")
+    print(
+        f"\n{dtype}, {torch.get_num_threads()} threads, {rounds} rounds of {passes} passes, batch {BATCH} x "
+        f"{LENGTH}, torch {torch.__version__}\n"
+    )
+    print(
+        "| variant | ms a pass, median (min-max) | tokens/s | its time over the baseline's | over the "
+        "baseline's with --compile |"
+    )
     print("| --- | --- | --- | --- | --- |")
     for name, values in seconds.items():
         middle = statistics.median(values)
-        ratios = [[value / ours for value, ours in zip(values, seconds[variant], strict=True)] for variant in (eager, fast)]
-        shown = [f"{statistics.median(column):.3f} ({min(column):.3f}-{max(column):.3f})" for column in ratios]
+        ratios = [
+            [value / ours for value, ours in zip(values, seconds[variant], strict=True)]
+            for variant in (eager, fast)
+        ]
+        shown = [
+            f"{statistics.median(column):.3f} ({min(column):.3f}-{max(column):.3f})" for column in ratios
+        ]
         spread = f"{1e3 * middle:.0f} ({1e3 * min(values):.0f}-{1e3 * max(values):.0f})"
         print(f"| {name} | {spread} | {BATCH * LENGTH / middle:,.0f} | {' | '.join(shown)} |")
 

@@ -6,14 +6,14 @@ __version__ = "0.1.0"
 __all__ = ["STRATEGIES", "BaseTrainingStrategy", "UserError", "make_config", "run"]
 
 if TYPE_CHECKING:
-    from iterbatch.bench.run import run
-    from iterbatch.config import make_config
+    from iterbatch.checks import make_config
     from iterbatch.errors import UserError
     from iterbatch.strategy import STRATEGIES, BaseTrainingStrategy
+    from iterbatch.study.run import run
 
 _HOMES = {
-    "run": "iterbatch.bench.run",
-    "make_config": "iterbatch.config",
+    "run": "iterbatch.study.run",
+    "make_config": "iterbatch.checks",
     "UserError": "iterbatch.errors",
     "STRATEGIES": "iterbatch.strategy",
     "BaseTrainingStrategy": "iterbatch.strategy",

@@ -1,7 +1,7 @@
 """The errors a user can cause and repair. Nothing else lives here.
 
-Every message says what was given, what is allowed and what to do. The command line prints the message alone and exits with code 2;
-a library caller catches :class:`UserError`.
+Every message says what was given, what is allowed and what to do. The command line prints the
+message alone and exits with code 2; a library caller catches :class:`UserError`.
 """
 
 import difflib
@@ -28,7 +28,13 @@ class RunError(UserError):
     """A run folder cannot be written, or exists already."""
 
 
+def first_line(problem: BaseException, limit: int = 240) -> str:
+    """The first line of what an error says, or its class where it says nothing."""
+    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    return lines[0][:limit].rstrip(".")
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """Return `` (did you mean 'abr'?)`` for the nearest allowed word, or an empty string where none is near."""
+    """`` (did you mean 'abr'?)`` for the nearest allowed word, or an empty string where none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""

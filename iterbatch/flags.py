@@ -2,17 +2,61 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
-import yaml
 
-from iterbatch.config import LAST, BenchConfig, DataConfig, ModelConfig, RunConfig, SpeedConfig, StrategyConfig, TrainingConfig, check, knobs
-from iterbatch.errors import ConfigError, did_you_mean
+from iterbatch.checks import check, settings, strategy_config
+from iterbatch.config import (
+    BenchConfig,
+    DataConfig,
+    Knob,
+    ModelConfig,
+    RunConfig,
+    SpeedConfig,
+    StrategyConfig,
+    TrainingConfig,
+)
+from iterbatch.errors import ConfigError, did_you_mean, first_line
+from iterbatch.plain_yaml import read_yaml
+from iterbatch.records.layout import CONFIG
+from iterbatch.records.read import read_config
+from iterbatch.runtime.run_folder import resume_folder
+from iterbatch.strategy import STRATEGIES, knobs, needs_source
 
 Group = tyro.conf.OmitArgPrefixes
+Flags = TypeVar("Flags", bound="TrainFlags")
+
+
+def _strategy_flags() -> type:
+    """The strategy group: which strategies, the knobs they say they have, what controls are made from."""
+    defaults, controls = StrategyConfig(), [name for name in STRATEGIES if needs_source(name)]
+    strategies = Knob(f"Strategies to compare: {', '.join(STRATEGIES)}.")
+    source = Knob(f"Arm whose passes {', '.join(controls)} are made from; it must come before them.")
+    own = [
+        (
+            each.name,
+            Annotated[each.kind if each.default is not None else each.kind | None, each.knob],
+            each.default,
+        )
+        for each in knobs().values()
+    ]
+    rows: list[tuple[str, Any, Any]] = [
+        ("strategies", Annotated[tuple[str, ...], strategies], defaults.strategies),
+        *own,
+        ("source", Annotated[str, source], defaults.source),
+    ]
+    typed = [(name, kind, field(default=default)) for name, kind, default in rows]
+    return make_dataclass("StrategyFlags", typed, frozen=True)
+
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace as StrategyFlags
+else:
+    StrategyFlags = _strategy_flags()
+    StrategyFlags.__doc__ = "The strategies and their knobs."
 
 
 @dataclass(frozen=True)
@@ -22,79 +66,110 @@ class TrainFlags:
     Without any flag: four strategies on the bundled model and text, offline, in a few minutes on a laptop.
     """
 
-    model: Group[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
-    data: Group[DataConfig] = dataclasses.field(default_factory=DataConfig)
-    training: Group[TrainingConfig] = dataclasses.field(default_factory=TrainingConfig)
-    speed: Group[SpeedConfig] = dataclasses.field(default_factory=SpeedConfig)
-    strategy: Group[StrategyConfig] = dataclasses.field(default_factory=StrategyConfig)
-    run: Group[RunConfig] = dataclasses.field(default_factory=RunConfig)
+    model: Group[ModelConfig] = field(default_factory=ModelConfig)
+    data: Group[DataConfig] = field(default_factory=DataConfig)
+    training: Group[TrainingConfig] = field(default_factory=TrainingConfig)
+    speed: Group[SpeedConfig] = field(default_factory=SpeedConfig)
+    strategy: Group[StrategyFlags] = field(default_factory=StrategyFlags)
+    run: Group[RunConfig] = field(default_factory=RunConfig)
+
+    def config(self) -> BenchConfig:
+        """As a checked configuration.
+
+        Raises:
+            ConfigError: with all its problems.
+        """
+        strategy = strategy_config(vars(self.strategy))
+        config = BenchConfig(self.model, self.data, self.training, self.speed, strategy, self.run)
+        check(config)
+        return config
 
 
-def parse_config(arguments: Sequence[str]) -> BenchConfig:
-    """Flags, and the YAML file they may name, to a checked configuration. Flags override the file.
+@dataclass(frozen=True)
+class CompareFlags(TrainFlags):
+    """Train arms by seeds at the same budget, score them, and write a report.
+
+    The same command resumes a comparison that was stopped. Arms come from a study file, or from
+    --strategies. Flags override the file's settings.
+    """
+
+    study: Annotated[tyro.conf.Positional[Path | None], Knob("Study file (YAML): settings, arms, cells.")] = (
+        None
+    )
+    workers: Annotated[
+        int,
+        Knob(
+            "Processes, each training one arm with one seed at a time. The cores are shared out among them",
+            at_least=1,
+        ),
+    ] = 1
+
+
+def parse(kind: type[Flags], words: Sequence[str], *, command: str, default: Flags | None = None) -> Flags:
+    """Words as flags.
+
+    Args:
+        kind: Of the flags.
+        words: Of a command line, without the command.
+        command: As usage and error messages name it.
+        default: What holds where the words say nothing.
+
+    Raises:
+        SystemExit: with code 2 for a flag that does not exist or a value of another type, 0 for ``--help``.
+    """
+    given: Any = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=list(words), prog=f"iterbatch {command}", use_underscores=True, **given)
+
+
+def parse_config(words: Sequence[str]) -> BenchConfig:
+    """The words of ``iterbatch train``, and the YAML file they may name, to a checked configuration.
+
+    Flags override the file. A run that is resumed has its own settings.
 
     Raises:
         ConfigError: with all problems of the configuration.
-        SystemExit: with code 2 for a flag that does not exist or a value of another type, 0 for ``--help``.
+        SystemExit: see :func:`parse`.
     """
-    arguments = _resume_argument(arguments)
-    parsed = cli("train", TrainFlags, arguments)
-    file = parsed.run.config
-    if parsed.run.resume is not None:
-        from iterbatch.runtime import run_folder as folder
-
-        run_dir = folder.resume_folder(parsed.run.resume, parsed.run.save_dir, parsed.run.run_name)
-        arguments = [*arguments, "--save_dir", str(run_dir.parent), "--run_name", run_dir.name, "--resume", str(run_dir)]
-        folder.read_config(run_dir)
-        file = file or run_dir / folder.CONFIG
+    flags = parse(TrainFlags, words, command="train")
+    file, run_dir = flags.run.config, None
+    if flags.run.resume is not None:
+        run_dir = resume_folder(flags.run.resume, flags.run.save_dir, flags.run.run_name)
+        read_config(run_dir)
+        file = file or run_dir / CONFIG
     if file is not None:
-        parsed = cli("train", TrainFlags, [*file_words(file), *arguments])
-    return from_flags(parsed)
-
-
-def from_flags(flags: TrainFlags) -> BenchConfig:
-    """Parsed flags as a checked configuration.
-
-    Raises:
-        ConfigError: with all its problems.
-    """
-    config = BenchConfig(flags.model, flags.data, flags.training, flags.speed, flags.strategy, flags.run)
-    check(config)
-    return config
-
-
-def _resume_argument(arguments: Sequence[str]) -> list[str]:
-    """``--resume`` may stand alone."""
-    words = list(arguments)
-    for place, word in enumerate(words):
-        if word == "--resume" and (place + 1 == len(words) or words[place + 1].startswith("--")):
-            return [*words[: place + 1], str(LAST), *words[place + 1 :]]
-    return words
-
-
-def cli(command: str, kind: Any, arguments: Sequence[str]) -> Any:
-    """Words as an instance of ``kind``.
-
-    Raises:
-        SystemExit: with code 2 for a flag that does not exist or a value of another type, 0 for ``--help``.
-    """
-    return tyro.cli(kind, args=list(arguments), prog=f"iterbatch {command}", use_underscores=True)
+        default = parse(TrainFlags, file_words(file), command="train")
+        flags = parse(TrainFlags, words, command="train", default=default)
+    if run_dir is not None:
+        where = {"save_dir": run_dir.parent, "run_name": run_dir.name, "resume": run_dir}
+        flags = dataclasses.replace(flags, run=dataclasses.replace(flags.run, **where))
+    return flags.config()
 
 
 def file_words(path: Path) -> list[str]:
-    """A YAML file as the flags it stands for, so that both are parsed and checked by the same code."""
+    """A YAML file as the flags it stands for, so that both are parsed and checked by the same code.
+
+    Raises:
+        ConfigError: where it cannot be read, or sets what it may not.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as problem:
         raise ConfigError(f"--config {path} cannot be read: {problem.strerror}") from problem
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
-        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(problem).split())}") from problem
+    except ValueError as problem:
+        raise ConfigError(f"--config {path} is not valid YAML: {first_line(problem)}") from problem
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} holds a {type(content).__name__}; write one 'flag: value' a line")
-    known = knobs()
+    known = settings()
     if "trust_remote_code" in content:
-        raise ConfigError(f"--config {path} sets trust_remote_code; whether code of others may run is said on the command line only")
-    unknown = [f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}" for key in content if key not in known or key == "config"]
+        raise ConfigError(
+            f"--config {path} sets trust_remote_code; whether code of others may run is said on the command "
+            "line only"
+        )
+    unknown = [
+        f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}"
+        for key in content
+        if key not in known or key == "config"
+    ]
     if unknown:
         raise ConfigError("\n".join(unknown))
     return [word for key, value in content.items() for word in flag_words(key, value)]

@@ -1,12 +1,15 @@
-"""Pretrain the bundled base: a small LLaMA on detokenised WikiText-2 and STAR, checkpointed, to be continued in another sitting.
+"""Pretrain the bundled base: a small LLaMA on detokenised WikiText-2 and STAR.
+
+Checkpointed, to be continued in another sitting.
 
     python studies/pretrain_base.py --data ../shared/data --work pretrain --minutes 100
-    python studies/pretrain_base.py --data ../shared/data --work pretrain --minutes 60      # goes on where the first stopped
+    python studies/pretrain_base.py --data ../shared/data --work pretrain --minutes 60    # resumes it
     python studies/pretrain_base.py --data ../shared/data --work pretrain --export iterbatch/assets/base
 
-It trains on the first 80% of each corpus's training documents; the last 20% are written to ``<work>/heldback/`` for studies. The learning
-rate is constant and falls linearly to zero over the last fifth of ``--minutes``, so a run that is stopped early can be continued with a new
-decay. Matrices are trained by Muon, embeddings and norms by AdamW.
+It trains on the first 80% of each corpus's training documents; the last 20% are written to
+``<work>/heldback/`` for studies. The learning rate is constant and falls linearly to zero over the
+last fifth of ``--minutes``, so a run that is stopped early can be continued with a new decay.
+Matrices are trained by Muon, embeddings and norms by AdamW.
 """
 
 import argparse
@@ -20,14 +23,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from iterbatch.data.data_loader import collate, prepare_blocks, prepare_eval
-from iterbatch.data.documents import Document, read_corpus
+from iterbatch.data.corpus import read_corpus
+from iterbatch.data.data_loader import prepare_blocks
+from iterbatch.data.documents import Document
+from iterbatch.data.windows import collate, prepare_eval
 
 VOCABULARY, CONTEXT, BATCH = 4096, 256, 16
 SOURCES = {"wikitext-2": "wikitext-2", "star": "dialogue/star"}
 
 
-def split_documents(data: Path) -> tuple[list[Document], dict[str, list[Document]], dict[str, list[Document]]]:
+def split_documents(
+    data: Path,
+) -> tuple[list[Document], dict[str, list[Document]], dict[str, list[Document]]]:
     """Training documents of both corpora, the held-back fifths, and validation documents."""
     train: list[Document] = []
     heldback, validation = {}, {}
@@ -53,7 +60,12 @@ def train_tokenizer(documents: list[Document], folder: Path) -> PreTrainedTokeni
         )
         tokenizer.train_from_iterator((document.text for document in documents), trainer)
         fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", model_max_length=CONTEXT
+            tokenizer_object=tokenizer,
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+            model_max_length=CONTEXT,
         )
         fast.save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -79,9 +91,13 @@ def new_model() -> LlamaForCausalLM:
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    matrices = [
+        p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = torch.optim.Muon(matrices, lr=6e-3, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        matrices, lr=6e-3, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
     adamw = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
@@ -106,7 +122,9 @@ def validation_loss(model, tokenizer, texts) -> dict[str, float]:
             micro = collate(text.windows[start : start + 16], tokenizer.pad_token_id)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(input_ids=micro.input_ids, use_cache=False).logits
-            nats += torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), micro.labels.flatten(), reduction="sum").item()
+            nats += torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), micro.labels.flatten(), reduction="sum"
+            ).item()
         result[name] = nats / text.tokens
         all_nats, all_tokens = all_nats + nats, all_tokens + text.tokens
     model.train()
@@ -125,7 +143,9 @@ def pretrain(data: Path, work: Path, minutes: float) -> None:
     write_heldback(heldback, work / "heldback")
     tokenizer = train_tokenizer(train, work / "tokenizer")
     blocks = prepare_blocks(train, tokenizer, CONTEXT, data_key="pretrain-base")
-    texts = {name: prepare_eval(documents, tokenizer, CONTEXT, 40_000) for name, documents in validation.items()}
+    texts = {
+        name: prepare_eval(documents, tokenizer, CONTEXT, 40_000) for name, documents in validation.items()
+    }
     model = new_model()
     opts = optimizers(model)
     state = {"updates": 0, "tokens": 0, "seconds": 0.0}
@@ -145,7 +165,11 @@ def pretrain(data: Path, work: Path, minutes: float) -> None:
         factor = learning_rate_factor(elapsed, total, state["updates"])
         loss = one_update(model, opts, blocks, state, factor)
         if state["updates"] % 100 == 0:
-            print(f"{state['updates']:6d} updates {state['tokens']:>11,} tokens  {elapsed / 60:6.1f} min  lr x{factor:.2f}  {loss:.3f}", flush=True)
+            print(
+                f"{state['updates']:6d} updates {state['tokens']:>11,} tokens  {elapsed / 60:6.1f} min  lr "
+                f"x{factor:.2f}  {loss:.3f}",
+                flush=True,
+            )
         if time.monotonic() - saved_at > 240:
             saved_at = time.monotonic()
             report(work, model, tokenizer, texts, state, elapsed)
@@ -198,17 +222,23 @@ def export(work: Path, target: Path) -> None:
     model = new_model()
     model.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["model"])
     model = model.to(torch.bfloat16)
-    model.generation_config.suppress_tokens = [tokenizer.unk_token_id]  # WikiText-2's <unk> is text to be scored, not to be written
+    model.generation_config.suppress_tokens = [
+        tokenizer.unk_token_id
+    ]  # WikiText-2's <unk> is text to be scored, not to be written
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ITERBATCH_DATA", "../shared/data")))
     parser.add_argument("--work", type=Path, default=Path("pretrain"))
     parser.add_argument("--minutes", type=float, default=100)
-    parser.add_argument("--export", type=Path, help="write the checkpoint as a Hugging Face folder, and train nothing")
+    parser.add_argument(
+        "--export", type=Path, help="write the checkpoint as a Hugging Face folder, and train nothing"
+    )
     arguments = parser.parse_args()
     if arguments.export:
         export(arguments.work, arguments.export)

@@ -1,12 +1,13 @@
-"""Keep a comparison's records in one compact file, or lay them out again, to go on with the study or to score it anew.
+"""Keep a comparison's records in one compact file, or lay them out again, to resume or score it anew.
 
     python studies/records.py pack results/pilot studies/records/pilot.parquet
     python studies/records.py unpack studies/records/pilot.parquet results/pilot
     iterbatch report results/pilot
 
-A file has one row a record file: its path in the study's folder, and its text. Adapters and figures are left out: pairs that are finished need
-neither to be reported, and are not trained again by ``iterbatch compare``. Folders named by the environment (``ITERBATCH_DATA``, ``HELDBACK``) are
-kept by that name.
+A file has one row a record file: its path in the study's folder, and its text. Adapters and figures
+are left out: pairs that are finished need neither to be reported, and are not trained again by
+``iterbatch compare``. Folders named by the environment (``ITERBATCH_DATA``, ``HELDBACK``) are kept
+by that name.
 """
 
 import argparse
@@ -17,7 +18,17 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-KEPT = ("study.json", "config.yaml", "manifest.json", "result.json", "failed.json", "batches.jsonl", "evals.jsonl", "documents.json", "samples.json")
+KEPT = (
+    "study.json",
+    "config.yaml",
+    "manifest.json",
+    "result.json",
+    "failed.json",
+    "batches.jsonl",
+    "evals.jsonl",
+    "documents.json",
+    "samples.json",
+)
 
 SETTINGS = ("study.json", "config.yaml")  # where folders are named
 PLACES = ("ITERBATCH_DATA", "HELDBACK")
@@ -31,7 +42,9 @@ def pack(run_dir: Path, file: Path) -> int:
     texts = [_by_name(path) for path in found]
     table = pa.table({"path": [path.relative_to(run_dir).as_posix() for path in found], "text": texts})
     file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, file, compression="zstd", compression_level=19, use_dictionary=False, data_page_size=1 << 28)
+    pq.write_table(
+        table, file, compression="zstd", compression_level=19, use_dictionary=False, data_page_size=1 << 28
+    )
     return len(found)
 
 
@@ -41,23 +54,35 @@ def _by_name(path: Path) -> str:
         for name in PLACES:
             if os.environ.get(name):
                 text = text.replace(os.environ[name].rstrip("/"), f"${{{name}}}")
-        text = re.sub(r'"save_dir": "[^"]*"', '"save_dir": "results"', re.sub(r"(?m)^( *)save_dir: .*$", r"\1save_dir: results", text))
+        text = re.sub(
+            r'"save_dir": "[^"]*"',
+            '"save_dir": "results"',
+            re.sub(r"(?m)^( *)save_dir: .*$", r"\1save_dir: results", text),
+        )
     return text
 
 
 def unpack(file: Path, run_dir: Path) -> int:
-    """Write the record files in ``file`` below ``run_dir``, which must not be there yet; returns their number."""
+    """Write the record files in ``file`` below ``run_dir``, which must not be there yet.
+
+    Returns their number.
+    """
     if run_dir.exists():
         raise SystemExit(f"error: {run_dir} exists already; give a folder that does not")
     rows = pq.read_table(file).to_pylist()
     for row in rows:
         path = PurePosixPath(row["path"])
         if path.is_absolute() or ".." in path.parts or path.name not in KEPT:
-            raise SystemExit(f"error: {file} has a row of path {str(path)!r}, which is no record file; it was not made by pack")
+            raise SystemExit(
+                f"error: {file} has a row of path {str(path)!r}, which is no record file; it was not made "
+                "by pack"
+            )
         if path.name in SETTINGS:
             row["text"] = os.path.expandvars(row["text"])
             if missing := re.findall(r"\$\{(\w+)\}", row["text"]):
-                raise SystemExit(f"error: the environment has no {missing[0]}, a folder of the study's text; set it")
+                raise SystemExit(
+                    f"error: the environment has no {missing[0]}, a folder of the study's text; set it"
+                )
     for row in rows:
         path = run_dir / row["path"]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +91,9 @@ def unpack(file: Path, run_dir: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["pack", "unpack"])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)

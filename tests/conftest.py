@@ -2,7 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import make_tiny
+
+from campaigns.tiny import make_tiny
 
 # Before any library is imported: no network, and no cache shared with the user's own.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,18 +1,30 @@
 """Model and text checked and made ready, and what a run will cost, before anything is trained."""
 
+from __future__ import annotations
+
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from iterbatch.model import hub
-from iterbatch.config import BenchConfig, adapted_layers
-from iterbatch.data.data_loader import BatchStream, EvalText, prepare_blocks, prepare_eval
-from iterbatch.data.documents import NAMED, Corpus, read_corpus, unreachable_dataset
+import numpy as np
+
+from iterbatch.config import AUTO, NONE, BenchConfig
+from iterbatch.data import hub
+from iterbatch.data.corpus import NAMED, Corpus, read_corpus, unreachable_dataset
+from iterbatch.data.data_loader import BatchStream, prepare_blocks
+from iterbatch.data.forms import ChatTemplate
+from iterbatch.data.windows import EvalText, prepare_eval
 from iterbatch.errors import ConfigError, UserError
-from iterbatch.model.load import Base, flop_model, load_base, load_model, memory_estimate_mb
-from iterbatch.reuse.store import Layout
+from iterbatch.model.flops import flop_model, memory_estimate_mb
+from iterbatch.model.load import Base, load_base, load_model
+from iterbatch.model.lora import adapted_layers
+from iterbatch.reuse.run_stores import Texts
 
-SPLITS = ("train", "validation", "test")  # in the order in which their activations get room
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -22,13 +34,24 @@ class Prepared:
     config: BenchConfig
     base: Base
     corpus: Corpus
-    blocks: Any  # (blocks, length) token ids, memory-mapped
+    blocks: np.ndarray  # (blocks, length) token ids, memory-mapped
     texts: dict[str, EvalText]  # validation and test
 
     @property
     def keeps_activations(self) -> bool:
         """Whether prefix activations are to be kept on disk, and there is a prefix."""
-        return self.config.speed.reuse == "epoch" and adapted_layers(self.config.model.lora_layers, self.base.layers)[0] > 0
+        lowest = adapted_layers(self.config.model.lora_layers, self.base.layers)[0]
+        return self.config.speed.reuse == "epoch" and lowest > 0
+
+    @property
+    def kept_texts(self) -> Texts:
+        """The texts as their activations are kept."""
+        config, windows = self.config, {split: text.windows for split, text in self.texts.items()}
+        items: dict[str, Any] = {split: [each.input_ids for each in of] for split, of in windows.items()}
+        items["train"] = self.blocks
+        named = config.data.data_dir is None
+        titles = {split: f"{config.data.dataset}, {split}" if named else split for split in items}
+        return Texts(items, Path(config.model.model_name).name, titles, self.base.dtype)
 
 
 def prepare(config: BenchConfig) -> Prepared:
@@ -48,25 +71,42 @@ def prepare(config: BenchConfig) -> Prepared:
         raise ConfigError("\n".join(problems))
     tokenizer, data = base.tokenizer, config.data
     template = _chat_template(tokenizer) if getattr(tokenizer, "chat_template", None) else None
-    corpus = read_corpus(data.dataset, dataset_config=data.dataset_config, data_dir=data.data_dir, chat_template=template)
-    blocks = prepare_blocks(corpus.splits["train"], tokenizer, config.max_length, data.max_train_tokens, data_key=corpus.digest())
-    texts = {split: prepare_eval(corpus.splits[split], tokenizer, config.max_length, data.max_eval_tokens) for split in ("validation", "test")}
+    corpus = read_corpus(
+        data.dataset, dataset_config=data.dataset_config, data_dir=data.data_dir, chat_template=template
+    )
+    length, key = config.max_length, corpus.digest()
+    blocks = prepare_blocks(corpus.splits["train"], tokenizer, length, data.max_train_tokens, data_key=key)
+    texts = {
+        split: prepare_eval(corpus.splits[split], tokenizer, length, data.max_eval_tokens)
+        for split in ("validation", "test")
+    }
     prepared = Prepared(config, base, corpus, blocks, texts)
     if prepared.keeps_activations:
-        layouts(prepared, base.config.hidden_size)  # says whether the limit has room for a block
+        prepared.kept_texts.layouts(
+            base.config.hidden_size, config.speed
+        )  # says whether the limit has room for a block
     return prepared
 
 
-def _chat_template(tokenizer: Any) -> Any:
-    return lambda messages: tokenizer.apply_chat_template(messages, tokenize=False)
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def trackers(names: Sequence[str]) -> list[str]:
+    """What ``--log_with`` stands for, as Accelerate names it: none, or those given.
+
+    Auto where it is installed.
+    """
+    chosen = [name for name in names if name not in (AUTO, NONE)]
+    auto = AUTO in names and importlib.util.find_spec("tensorboard") is not None
+    return [*chosen, *(["tensorboard"] if auto and "tensorboard" not in chosen else [])]
 
 
 def _tracker_problems(config: BenchConfig) -> list[str]:
-    package = {"comet_ml": "comet_ml", "tensorboard": "tensorboard"}
     return [
         f"--log_with {name} needs its package: pip install {name}"
-        for name in config.run.log_with
-        if name != "none" and importlib.util.find_spec(package.get(name, name)) is None
+        for name in trackers(config.run.log_with)
+        if importlib.util.find_spec(name) is None
     ]
 
 
@@ -78,26 +118,6 @@ def _dataset_problem(config: BenchConfig) -> str | None:
         return None
     problem = hub.problem_with(name, "dataset")
     return None if problem is None else unreachable_dataset(name, problem)
-
-
-def layouts(prepared: Prepared, width: int) -> dict[str, Layout]:
-    """The room each text's activations get within ``--reuse_limit_gb``, the training text first.
-
-    Raises:
-        ConfigError: where the limit has no room for a single block.
-    """
-    speed, left, result = prepared.config.speed, prepared.config.speed.reuse_limit_gb * 1e9, {}
-    lengths = {"train": [prepared.blocks.shape[1]] * len(prepared.blocks)}
-    lengths |= {split: [len(window.input_ids) for window in text.windows] for split, text in prepared.texts.items()}
-    for split in SPLITS:
-        layout = Layout(lengths[split], width, speed.reuse_dtype, left)
-        if split == "train" and not layout.capacity:
-            raise ConfigError(
-                f"--reuse_limit_gb is {speed.reuse_limit_gb:g}, less than one block ({layout.offsets[1] / 1e9:.2g} GB); "
-                f"all {len(prepared.blocks)} take {layout.offsets[-1] / 1e9:.2g} GB. Give more, or --reuse batch"
-            )
-        result[split], left = layout, left - layout.bytes
-    return result
 
 
 @dataclass(frozen=True)
@@ -117,7 +137,7 @@ class Plan:
     price_ratio: float
 
 
-def make_plan(prepared: Prepared, model: Any, processes: int = 1, stored_blocks: int = 0) -> Plan:
+def make_plan(prepared: Prepared, model: PeftModel, processes: int = 1, stored_blocks: int = 0) -> Plan:
     """Count what a baseline arm will do and cost.
 
     Args:
@@ -128,9 +148,14 @@ def make_plan(prepared: Prepared, model: Any, processes: int = 1, stored_blocks:
     """
     config = prepared.config
     stream = make_stream(prepared, seed=0, rank=0, world=processes)
-    flops, blocks, epochs = flop_model(model, config.model.gradient_checkpointing), len(prepared.blocks), config.training.epochs
+    flops, blocks, epochs = (
+        flop_model(model, config.model.gradient_checkpointing),
+        len(prepared.blocks),
+        config.training.epochs,
+    )
     tokens = blocks * (config.max_length - 1)
-    epoch_flops, saved = flops.fresh([(blocks, config.max_length)]), flops.prefix.of([(stored_blocks, config.max_length)])
+    epoch_flops = flops.fresh([(blocks, config.max_length)])
+    saved = flops.prefix.of([(stored_blocks, config.max_length)])
     last_shape = [((blocks - 1) % stream.batch_rows + 1, config.max_length)]
     reused = config.speed.reuse != "off"
     return Plan(
@@ -151,11 +176,17 @@ def make_plan(prepared: Prepared, model: Any, processes: int = 1, stored_blocks:
 def plan(config: BenchConfig) -> tuple[Prepared, Plan]:
     """Resolve everything and train nothing: what ``--dry_run`` shows. The model is built without storage."""
     prepared = prepare(config)
-    stored = layouts(prepared, prepared.base.config.hidden_size)["train"].capacity if prepared.keeps_activations else 0
-    return prepared, make_plan(prepared, load_model(prepared.base, config.model, meta=True), stored_blocks=stored)
+    stored = 0
+    if prepared.keeps_activations:
+        layouts = prepared.kept_texts.layouts(prepared.base.config.hidden_size, config.speed)
+        stored = layouts["train"].capacity
+    model = load_model(prepared.base, config.model, meta=True)
+    return prepared, make_plan(prepared, model, stored_blocks=stored)
 
 
 def make_stream(prepared: Prepared, seed: int, rank: int, world: int) -> BatchStream:
     """The batches of a seed, for one of ``world`` processes."""
     training = prepared.config.training
-    return BatchStream(prepared.blocks, training.batch_size, training.grad_accum, seed, rank=rank, world=world)
+    return BatchStream(
+        prepared.blocks, training.batch_size, training.grad_accum, seed, rank=rank, world=world
+    )

@@ -1,25 +1,36 @@
-"""``iterbatch price``: what a fresh pass and a repeat cost on this machine, for adapters on all, half, a quarter and two of the layers.
+"""What a fresh pass and a repeat cost on this machine, for several placements of the adapters.
 
-Measures the passes that training makes (:mod:`iterbatch.training.step`), on random tokens: the time does not depend on what they say.
+Measures the passes that training makes (:mod:`iterbatch.training.step`), on random tokens: the time
+does not depend on what they say.
 """
+
+from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iterbatch.training.budget import Allowance, Ledger
-from iterbatch.config import BenchConfig, adapted_layers
-from iterbatch.model.cut import CutModel
-from iterbatch.data.data_loader import Batch, BatchStream
+from iterbatch.config import BenchConfig
+from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ConfigError
-from iterbatch.model.load import PRECISION, attach_adapter, flop_model, load_base, load_weights
+from iterbatch.model.cut import CutModel
+from iterbatch.model.flops import flop_model
+from iterbatch.model.load import PRECISION, load_base, load_weights
+from iterbatch.model.lora import adapted_layers, attach_adapter
+from iterbatch.records.machine import peak_memory_mb, reset_peak_memory
+from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.runtime.processes import make_accelerator
-from iterbatch.records.record import peak_memory_mb, reset_peak_memory
-from iterbatch.training.step import StepSettings, TrainingStep, make_optimizer
+from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.passes import Passes, make_optimizer
+from iterbatch.training.step import Account, StepSettings, TrainingStep
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
 
 CHEAP = 0.6  # a repeat at most this dear is where repetition was seen to pay
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
@@ -42,27 +53,33 @@ class Placement:
 
 
 def placements(layers: int) -> list[str]:
-    """All, top half, top quarter and top 2 of the layers, without doubles, as ``--lora_layers`` writes them."""
+    """All, top half, top quarter and top 2 of the layers, without doubles, as ``--lora_layers`` has them."""
     tops = sorted({count for count in (layers // 2, layers // 4, 2) if 0 < count < layers}, reverse=True)
     return ["all", *(f"top:{count}" for count in tops)]
 
 
 def recommend(measured: list[Placement]) -> tuple[Placement, str]:
-    """The placement with the most adapted layers whose repeat costs at most ``CHEAP`` of a fresh pass, or else the cheapest; and why."""
+    """The placement with the most adapted layers whose repeat is cheap, or else the cheapest; and why."""
     cheap = [placement for placement in measured if placement.price_ratio_measured <= CHEAP]
     if cheap:
-        return cheap[0], f"the most layers whose repeats cost at most {CHEAP:g} of a fresh pass, and so do later epochs with --reuse epoch"
+        return (
+            cheap[0],
+            f"the most layers whose repeats cost at most {CHEAP:g} of a fresh pass, and so do later epochs "
+            "with --reuse epoch",
+        )
     best = min(measured, key=lambda placement: placement.price_ratio_measured)
     return best, f"no placement brings a repeat to {CHEAP:g} of a fresh pass here; this one comes nearest"
 
 
-def measure(config: BenchConfig, seconds: float, tell: Callable[[str], None] = lambda _: None) -> list[Placement]:
-    """Measure every placement in turn, round after round, so that a machine whose speed drifts treats all alike.
+def measure(
+    config: BenchConfig, seconds: float, notify: Callable[[str], None] = lambda _: None
+) -> list[Placement]:
+    """Measure every placement in turn, round after round: a machine whose speed drifts treats all alike.
 
     Args:
         config: Model, batch size and block length; the text is not used.
         seconds: Time for the rounds; at least ``LEAST_ROUNDS`` are made.
-        tell: Told how far it is.
+        notify: Is notified of how far it is.
 
     Raises:
         UserError: where the model cannot be used.
@@ -79,38 +96,60 @@ def measure(config: BenchConfig, seconds: float, tell: Callable[[str], None] = l
         elapsed = time.perf_counter() - start
         if done >= LEAST_ROUNDS and elapsed + elapsed / done > seconds:
             break
-        for spec in reversed(times):  # cheapest first: memory that a process has freed still counts as its own
-            adapted = attach_adapter(model, base, config.model, adapted_layers(spec, base.layers))
+        for spec in reversed(
+            times
+        ):  # cheapest first: memory that a process has freed still counts as its own
+            adapted = attach_adapter(model, base.dtype, config.model, adapted_layers(spec, base.layers))
             reset_peak_memory()
             probe = _Probe(adapted, accelerator, config)
             times[spec].append(probe.round())
-            figures = {"price_ratio_flops": probe.price_ratio_flops, "parameters": probe.parameters, "peak_memory_mb": peak_memory_mb()}
+            figures = {
+                "price_ratio_flops": probe.price_ratio_flops,
+                "parameters": probe.parameters,
+                "peak_memory_mb": peak_memory_mb(),
+            }
             facts.setdefault(spec, figures)
             model = adapted.unload()
             accelerator.free_memory()
-            tell(f"round {done + 1}, --lora_layers {spec}")
+            notify(f"round {done + 1}, --lora_layers {spec}")
     return [_placement(spec, rounds, facts[spec]) for spec, rounds in times.items()]
 
 
 def _placement(spec: str, rounds: list[tuple[float, ...]], facts: dict[str, Any]) -> Placement:
-    fresh, repeat, prefix, evaluation = (1e3 * statistics.median(column) for column in zip(*rounds, strict=True))
+    fresh, repeat, prefix, evaluation = (
+        1e3 * statistics.median(column) for column in zip(*rounds, strict=True)
+    )
     ratio = statistics.median(each[1] / each[0] for each in rounds)
-    return Placement(spec, ratio, fresh_ms=fresh, repeat_ms=repeat, prefix_ms=prefix, evaluation_ms=evaluation, rounds=len(rounds), **facts)
+    return Placement(
+        spec,
+        ratio,
+        fresh_ms=fresh,
+        repeat_ms=repeat,
+        prefix_ms=prefix,
+        evaluation_ms=evaluation,
+        rounds=len(rounds),
+        **facts,
+    )
 
 
 class _Probe:
     """The passes of one placement: one round of each after a warm-up."""
 
-    def __init__(self, model: Any, accelerator: Any, config: BenchConfig) -> None:
+    def __init__(self, model: PeftModel, accelerator: Accelerator, config: BenchConfig) -> None:
         self.accelerator = accelerator
         self.cut = CutModel(model.train())
         self.cut.to(accelerator.device)
         optimizer = accelerator.prepare_optimizer(make_optimizer(model, config.lr, 0.0))
-        flops = flop_model(model, config.model.gradient_checkpointing)
-        self.step = TrainingStep(self.cut, optimizer, accelerator, flops, Ledger(), Allowance("epochs", 1e6, 1), StepSettings(config.lr))
+        prices = flop_model(model, config.model.gradient_checkpointing)
+        passes = Passes(self.cut, optimizer, accelerator, config.training.clip_norm)
+        account, source = (
+            Account(prices, Ledger(), Allowance("epochs", 1e6, 1)),
+            PrefixSource(self.cut, accelerator.device),
+        )
         self.batches = _random_batches(config, model.config.vocab_size)
+        self.step = TrainingStep(passes, account, StepSettings(config.lr), source, self.batches.batch)
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.price_ratio_flops = flops.price_ratio(next(self.batches).shapes)
+        self.price_ratio_flops = prices.price_ratio(next(self.batches).shapes)
 
     def round(self) -> tuple[float, float, float, float]:
         """Seconds of a fresh pass, a repeat, the prefix and an evaluation."""
@@ -119,7 +158,9 @@ class _Probe:
         with self.accelerator.autocast():
             prefix = self._timed(lambda: [self.cut.prefix(micro) for micro in batch.micro_batches])
             with torch.no_grad():
-                evaluation = self._timed(lambda: [self.cut(self.cut.prefix(micro), micro) for micro in batch.micro_batches])
+                evaluation = self._timed(
+                    lambda: [self.cut(self.cut.prefix(micro), micro) for micro in batch.micro_batches]
+                )
         fresh, repeat = self._timed(lambda: self.step(batch)), self._timed(self.step.again)
         return fresh, repeat, prefix, evaluation
 
@@ -135,9 +176,11 @@ class _Probe:
             torch.cuda.synchronize()
 
 
-def _random_batches(config: BenchConfig, vocabulary: int) -> Iterator[Batch]:
+def _random_batches(config: BenchConfig, vocabulary: int) -> BatchStream:
     rows = config.training.batch_size * config.training.grad_accum
-    tokens = torch.randint(0, vocabulary, (4 * rows, config.max_length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, vocabulary, (4 * rows, config.max_length), generator=torch.Generator().manual_seed(0)
+    )
     return BatchStream(tokens.numpy(), config.training.batch_size, config.training.grad_accum, seed=0)
 
 

@@ -1,406 +1,434 @@
-"""One arm: one strategy with one seed, trained, evaluated, and its records left in its folder."""
+"""One arm with one seed: trained, evaluated, and its records left in its folder.
+
+Resumes where a checkpoint is.
+"""
+
+from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
-from iterbatch.evaluation import memorisation as memory
-from iterbatch.report import summary as report
-from iterbatch.training.budget import Allowance, Ledger
-from iterbatch.runtime.checkpoint import Checkpoints, Every, RandomStates, remove_checkpoints
-from iterbatch.model.cut import CutModel
+from iterbatch.bench.arm import Arm
+from iterbatch.bench.arm_records import ArmRecords
+from iterbatch.bench.listener import Listener
+from iterbatch.bench.prepare import make_stream
+from iterbatch.bench.shared import Shared
+from iterbatch.config import Every
 from iterbatch.errors import RunError
-from iterbatch.evaluation.perplexity import Score, score
-from iterbatch.evaluation.generate import Sampling, generate, text_metrics
-from iterbatch.runtime.interrupt import Interrupts, Stopped
-from iterbatch.training.loop import Progress, fit
-from iterbatch.model.load import copy_adapter, flop_model, reset_adapter, set_adapter
-from iterbatch.bench.prepare import Plan, Prepared, make_stream
+from iterbatch.evaluation.memorisation import memorised, passes_of_blocks
+from iterbatch.evaluation.perplexity import Score
+from iterbatch.model.flops import flop_model
+from iterbatch.model.lora import copy_adapter, reset_adapter, set_adapter
+from iterbatch.records import layout
+from iterbatch.records.machine import peak_memory_mb, reset_peak_memory
+from iterbatch.records.record import BatchRecord, read_records
+from iterbatch.records.result import ArmResult, ArmSettings, read_result
+from iterbatch.records.write import whole_or_not, write_json
+from iterbatch.reuse.prefetch import Prefetch
+from iterbatch.runtime.checkpoint import Checkpoints, Part, RandomStates, remove_checkpoints
+from iterbatch.runtime.interrupt import Stopped
 from iterbatch.runtime.processes import from_main
-from iterbatch.records.record import (
-    BatchRecord,
-    EvalRecord,
-    RecordWriter,
-    peak_memory_mb,
-    read_records,
-    reset_peak_memory,
-    whole_or_not,
-    write_json,
-    write_text,
-)
-from iterbatch.reuse.prefix import Prefetch, Reuse
-from iterbatch.training.step import StepSettings, TrainingStep, make_optimizer
-from iterbatch.strategy import make_strategy
-from iterbatch.study.study_file import Arm
+from iterbatch.strategy import REFERENCE, BaseTrainingStrategy, make_strategy
+from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.health import Health
+from iterbatch.training.loop import fit
+from iterbatch.training.passes import Passes, make_optimizer
+from iterbatch.training.step import Account, StepSettings, TrainingStep
 
-PROMPT_TOKENS = 32
-TOGETHER = 64  # prompts continued at once
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 ROLLBACKS = 3  # of an arm, at most
 
 
-class Listener:
-    """Who is told how a run goes. This one stays silent; the command line shows progress."""
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, and where its records go."""
 
-    def note(self, message: str) -> None:
-        """Something the user should know."""
+    shared: Shared
+    arm: Arm
+    seed: int
+    folder: Path  # of the arm and seed
+    listener: Listener
 
-    def planned(self, plan: Plan, run_dir: Path) -> None:
-        """The run is about to start."""
-
-    def arm_started(self, strategy: str, seed: int) -> None:
-        """An arm is about to start."""
-
-    def batch_done(self, record: BatchRecord, fraction: float) -> None:
-        """A batch has been trained; ``fraction`` of the arm's budget is spent."""
-
-    def evaluated(self, record: EvalRecord) -> None:
-        """An evaluation has been made."""
-
-    def arm_done(self, result: dict[str, Any]) -> None:
-        """An arm is finished."""
+    @property
+    def label(self) -> str:
+        """As trackers and messages name it."""
+        return f"{self.arm.name}/seed{self.seed}"
 
 
-class Shared:
-    """What the arms of a run share: the model, the text, and what the untrained base scores and writes, computed once.
+@dataclass
+class Progress:
+    """Where an arm stands between two batches."""
 
-    ``between`` is called where a run may stop: :class:`ArmRun` puts its own there, to make a checkpoint first.
+    evaluated: int = -1  # evaluations made after the one at the start; -1: not even that
+    health: Health = field(default_factory=Health)
+    stopped: str | None = None  # why it ended before its budget was spent
 
-    Args:
-        prepared: Text and tokenizer.
-        plan: What a baseline arm does.
-        model: The PEFT model.
-        placed: The same weights as a :class:`iterbatch.model.cut.CutModel`, prepared by the accelerator.
-        reuse: Where prefix activations come from.
-        accelerator: Of the run.
-        interrupts: Tell whether the run was asked to stop.
-    """
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return dataclasses.asdict(self)
 
-    def __init__(self, prepared: Prepared, plan: Plan, model: Any, placed: Any, reuse: Reuse, accelerator: Any, interrupts: Interrupts) -> None:
-        self.prepared, self.plan, self.model, self.placed, self.reuse, self.accelerator = prepared, plan, model, placed, reuse, accelerator
-        self.interrupts, self.between = interrupts, interrupts.check
-        self.cut: CutModel = accelerator.unwrap_model(placed)  # for scoring, where processes may do different numbers of forwards
-        self.prompts, self.human = ([part[side] for part in _prompts(prepared)] for side in (0, 1))
-        reset_adapter(model, seed=0)  # a new adapter adds nothing, so this is the base itself
-        self.validation = self.score("validation")
-        self.samples = self.sample()
-
-    def score(self, split: str) -> Score:
-        """Score a split with the model as it is."""
-        tokenizer = self.prepared.base.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        batch_size = self.prepared.config.training.eval_batch_size
-        text, source = self.prepared.texts[split], self.reuse.sources[split]
-        between = self.between if self.accelerator.num_processes == 1 else lambda: None  # several must stop at the same place
-        return score(self.cut, text, self.accelerator, source=source, batch_size=batch_size, pad_id=pad, between=between)
-
-    def sample(self) -> dict[str, Any]:
-        """Continue the fixed prompts, greedy and sampled, and measure the text."""
-        tokenizer = self.prepared.base.tokenizer
-        result: dict[str, Any] = {}
-        for name, greedy in (("greedy", True), ("sampled", False)):
-            if self.accelerator.num_processes == 1:
-                self.between()
-            tokens: list[list[int]] = []
-            for start in range(0, len(self.prompts), TOGETHER):
-                with self.accelerator.autocast():
-                    tokens += generate(self.model, self.prompts[start : start + TOGETHER], tokenizer, Sampling(seed=start), greedy=greedy)
-            result[name] = {"texts": [tokenizer.decode(text) for text in tokens], **text_metrics(tokens)}
-        return result
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take all of it over."""
+        self.evaluated, self.stopped = state["evaluated"], state["stopped"]
+        self.health = Health(**state["health"])
 
 
-def _prompts(prepared: Prepared) -> list[tuple[list[int], list[int]]]:
-    """Stretches of validation text, all of one length, each with what follows it there: openings of documents first, then places evenly spread."""
-    wanted, new = prepared.config.training.prompts, Sampling().new_tokens
-    windows = [window.input_ids[1:].tolist() for window in prepared.texts["validation"].windows]
-    length = min(PROMPT_TOKENS, max(map(len, windows)) or 1, max(1, prepared.base.context - new))
-    openings = [(ids[:length], ids[length : length + new]) for ids in windows if len(ids) >= length]
-    if len(openings) >= wanted:
-        return openings[:wanted]
-    starts = [(ids, start) for ids in windows for start in range(0, len(ids) - length + 1, 2 * length)]
-    places = [(ids[start : start + length], ids[start + length : start + length + new]) for ids, start in starts]
-    return [places[round(index * (len(places) - 1) / max(1, wanted - 1))] for index in range(min(wanted, len(places)))]
+class _AdapterState:
+    """The adapter as a part of a checkpoint."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(copy_adapter(self._model))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_adapter(self._model, state)
 
 
-def _figures(samples: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The metrics of samples without their texts."""
-    return {decoding: {name: value for name, value in result.items() if name != "texts"} for decoding, result in samples.items()}
+@dataclass(frozen=True)
+class ArmParts:
+    """Everything that an arm consists of, as at its start."""
 
+    strategy: BaseTrainingStrategy
+    stream: Prefetch
+    step: TrainingStep
+    records: ArmRecords
+    progress: Progress
+    checkpoints: Checkpoints
+    points: SavePoints
 
-class ArmRun:
-    """One strategy with one seed: trains, evaluates, and leaves its records. Goes on from a checkpoint where its folder holds one."""
-
-    def __init__(self, shared: Shared, listener: Listener, folder: Path) -> None:
-        self.shared, self.listener, self.folder = shared, listener, folder
-        self.prepared, self.plan, self.model, self.accelerator = shared.prepared, shared.plan, shared.model, shared.accelerator
-        self._batches: RecordWriter | None = None
-        self._evals: RecordWriter | None = None
-
-    def train(self, arm: Arm, seed: int) -> None:
-        """Train the arm to its end.
-
-        Raises:
-            RunError: where the arm that it is made from, or that sets its budget, is not finished.
-        """
-        self.arm, self.seed, self.label = arm, seed, f"{arm.name}/seed{seed}"
-        reset_peak_memory()
-        before = self.shared.between
-        self.listener.arm_started(arm.name, seed)
-        begun = from_main((self.folder / "batches.jsonl").exists())
-        self._make()
-        try:
-            if begun and self.checkpoints.restore():
-                self.listener.note(f"{arm.name}, seed {seed}: goes on after {self.ledger.passes} passes on {self.ledger.batches} batches")
-            else:
-                if begun:  # cut off before its first checkpoint: starts anew
-                    self._close()
-                    if self.accelerator.is_main_process:
-                        shutil.rmtree(self.folder)
-                    self._make()
-                self.checkpoints.begin()
-            self.shared.between = self._stop_or_save
-            self._fit()
-            self._finish()
-        finally:
-            self.shared.between = before
-            self._close()
-
-    # -- its parts ---------------------------------------------------------------------------------------------------------------------
-
-    def _make(self) -> None:
-        """Everything the arm consists of, as at its start."""
-        config, seed, accelerator = self.arm.config, self.seed, self.accelerator
-        reset_adapter(self.model, seed)
-        self.shared.cut.train()
-        optimizer = accelerator.prepare_optimizer(make_optimizer(self.model, config.lr, config.training.weight_decay))
-        self.ledger, self.allowance, self.progress = Ledger(), self._allowance(), Progress()
-        flops = flop_model(self.model, config.model.gradient_checkpointing)
-        settings = StepSettings(config.lr, config.training.warmup, config.training.clip_norm, config.speed.reuse != "off")
-        source, placed = self.shared.reuse.sources["train"], self.shared.placed
-        stream = make_stream(self.prepared, seed, accelerator.process_index, accelerator.num_processes)
-        hooks = (self._stop_or_save, stream.batch)
-        self.step = TrainingStep(placed, optimizer, accelerator, flops, self.ledger, self.allowance, settings, source, *hooks)
-        self.stream = Prefetch(stream, source)
-        made_from = None if self.arm.source is None else [record.repeats_done for record in self._records_of(self.arm.source)]
-        self.strategy = make_strategy(self.arm.strategy, config.strategy, seed, made_from)
-        self.every = Every(config.run.checkpoint_every)
-        if accelerator.is_main_process:
-            self._batches, self._evals = RecordWriter(self.folder / "batches.jsonl"), RecordWriter(self.folder / "evals.jsonl")
-        adapter = SimpleNamespace(state_dict=lambda: copy_adapter(self.model), load_state_dict=lambda state: set_adapter(self.model, state))
-        records = {"batches": self._batches, "evals": self._evals} if accelerator.is_main_process else {}
-        at_start: dict[str, Any] = {**records, "strategy": self.strategy, "stream": self.stream, "progress": self.progress}
-        live: dict[str, Any] = {"adapter": adapter, "optimizer": optimizer, "ledger": self.ledger, "step": self.step, "random": RandomStates()}
+    @classmethod
+    def of(cls, job: Job) -> ArmParts:
+        """Made anew, the adapter and all random states included."""
+        shared, config, seed = job.shared, job.arm.config, job.seed
+        accelerator, training = shared.accelerator, config.training
+        reset_adapter(shared.model, seed)
+        shared.cut.train()
+        optimizer = make_optimizer(shared.model, config.lr, training.weight_decay)
+        passes = Passes(
+            shared.placed, accelerator.prepare_optimizer(optimizer), accelerator, training.clip_norm
+        )
+        prices = flop_model(shared.model, config.model.gradient_checkpointing)
+        account = Account(prices, Ledger(), _allowance(job))
+        source = shared.reuse.sources["train"]
+        stream = make_stream(shared.prepared, seed, accelerator.process_index, accelerator.num_processes)
+        settings = StepSettings(config.lr, training.warmup, config.speed.reuse != "off")
+        step = TrainingStep(passes, account, settings, source, stream.batch)
+        strategy = make_strategy(job.arm.strategy, config.strategy.knobs, seed, _source_passes(job))
+        prefetch, progress = Prefetch(stream, source), Progress()
+        records = ArmRecords(job.folder, job.label, account.ledger, accelerator, job.listener)
+        at_start: dict[str, Part] = {
+            **records.writers,
+            "strategy": strategy,
+            "stream": prefetch,
+            "progress": progress,
+        }
+        live: dict[str, Part] = {
+            "adapter": _AdapterState(shared.model),
+            "optimizer": passes.optimizer,
+            "ledger": account.ledger,
+            "step": step,
+            "random": RandomStates(),
+        }
         if accelerator.scaler is not None:  # float16: every arm starts with the same loss scale
             accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
             live["scaler"] = accelerator.scaler
-        self.checkpoints = Checkpoints(self.folder, at_start, live, self.listener.note)
+        checkpoints = Checkpoints(job.folder, at_start, live, job.listener.note)
+        points = SavePoints(shared, step, records, progress, checkpoints, Every(config.run.checkpoint_every))
+        step.after_pass = points.here
+        return cls(strategy, prefetch, step, records, progress, checkpoints, points)
 
-    def _memorised(self) -> dict[str, Any] | None:
-        """See :mod:`iterbatch.evaluation.memorisation`; the records are read back, so an arm that was gone on with counts all its passes."""
-        if self.accelerator.num_processes > 1:  # each process would see its own rows only
-            return None
-        passes = memory.passes_of_blocks(read_records(self.folder / "batches.jsonl", BatchRecord), self.stream.stream)
-        training, cut = self.prepared.config.training, self.shared.cut
-        return memory.compare(cut, self.model, self.prepared.blocks, passes, self.accelerator, training.eval_batch_size)
-
-    def _close(self) -> None:
-        for writer in (self._batches, self._evals):
-            if writer is not None:
-                writer.close()
+    def close(self, shared: Shared) -> None:
+        """Close the records, end the prefetching, and forget the optimizer."""
+        self.records.close()
         self.stream.close()
-        self.accelerator.free_memory()  # forgets this arm's optimizer
+        shared.accelerator.free_memory()
 
-    def _allowance(self) -> Allowance:
-        training, plan = self.prepared.config.training, self.plan
-        unit, passes = training.match, plan.batches
-        if unit == "seconds" and training.budget is None and self.arm.strategy == "baseline":
-            unit = "epochs"  # its seconds are what the others may spend
-        amounts = {"epochs": passes, "flops": plan.flops, "updates": passes, "tokens": plan.tokens}
-        amount = training.budget or (amounts[unit] if unit in amounts else self._baseline_seconds())
-        last = {"epochs": 1.0, "updates": 1.0, "flops": plan.last_pass_flops}.get(unit, 0.0)
-        return Allowance(unit, float(amount), max(1, round(passes * amount / amounts.get(unit, amount))), last)
 
-    def _baseline_seconds(self) -> float:
-        return report.read_result(self._finished("baseline"))["train_seconds"]
+class SavePoints:
+    """Where an arm may be saved, and its run stopped."""
 
-    def _records_of(self, arm: str) -> Iterator[BatchRecord]:
-        return read_records(self._finished(arm) / "batches.jsonl", BatchRecord)
+    def __init__(
+        self,
+        shared: Shared,
+        step: TrainingStep,
+        records: ArmRecords,
+        progress: Progress,
+        checkpoints: Checkpoints,
+        every: Every,
+    ) -> None:
+        self.shared, self.step, self.every = shared, step, every
+        self._records, self._progress, self._checkpoints = records, progress, checkpoints
 
-    def _finished(self, arm: str) -> Path:
-        """The folder of another arm of this seed."""
-        folder = self.folder.parent.parent / arm / self.folder.name
-        if not (folder / "result.json").is_file():
-            raise RunError(f"{self.label} is made from {arm}/{self.folder.name}, which is not finished; train that arm first")
-        return folder
-
-    # -- training and checkpoints ------------------------------------------------------------------------------------------------------
-
-    def _fit(self) -> None:
-        """Train; an arm that diverges returns to its last checkpoint where that is wished for, or stops."""
-        training = self.prepared.config.training
-        self.every.restart(self.ledger.passes)
-        if training.on_divergence == "rollback":
-            self._save()  # there is always one to return to
-        while self.progress.stopped is None:
-            reason = fit(self.strategy, self.stream, self.step, self.ledger, self.allowance, self, training.evals, training.explosion, self.progress)
-            if reason is None:
-                break
-            if training.on_divergence == "stop" or self.ledger.rollbacks >= ROLLBACKS or not self._roll_back(reason):
-                self.progress.stopped = reason
-        self._save()
-
-    def _roll_back(self, reason: str) -> bool:
-        before = dataclasses.replace(self.ledger)
-        if not self.checkpoints.restore():
-            return False
-        self.ledger.keep_spent(before)
-        self.listener.note(f"{self.label}: {reason.split(';')[0]}; back to batch {self.ledger.batches} with half the learning rate")
-        return True
-
-    def _stop_or_save(self) -> None:
-        """Make a checkpoint where one is due, or where the run is to stop here.
+    def here(self) -> None:
+        """Within a batch: make a checkpoint where one is due, or where the run is to stop.
 
         Raises:
             Stopped: then.
         """
-        stop = self.shared.interrupts.requested is not None
-        due = self.progress.healthy and self.step.finite and self.every.due(self.ledger.passes)  # none to return to that is broken already
-        if self.accelerator.num_processes > 1:  # all of them or none; the clock that counts is the main process's
-            votes = torch.tensor([stop, due and self.accelerator.is_main_process], dtype=torch.float32, device=self.accelerator.device)
-            stop, due = (self.accelerator.reduce(votes, "sum") > 0).tolist()
-        if not (stop or due):
-            return
-        with self.ledger.paused():
-            self._save(here=True)
+        accelerator, requested = self.shared.accelerator, self.shared.interrupts.requested
+        healthy = self._progress.health.good and self.step.finite  # none to return to that is broken already
+        stop, due = requested is not None, healthy and self.every.due(self.step.ledger.passes)
+        if accelerator.num_processes > 1:  # all of them or none; the clock that counts is the main process's
+            mine = [stop, due and accelerator.is_main_process]
+            votes: Any = accelerator.reduce(
+                torch.tensor(mine, dtype=torch.float32, device=accelerator.device), "sum"
+            )
+            stop, due = (votes > 0).tolist()
+        if stop or due:
+            with self.step.ledger.paused():
+                self._save()
         if stop:
-            raise Stopped(self.shared.interrupts.requested or signal.SIGTERM)
+            raise Stopped(requested or signal.SIGTERM)
 
-    def _save(self, *, here: bool = False) -> None:
-        """Make a checkpoint between two batches, or ``here``, within the current one."""
-        if not here:
-            self.step.begin()
-            self.checkpoints.begin()
-        for writer in (self._batches, self._evals):
-            if writer is not None:
-                writer.sync()
-        self.checkpoints.save()
-        self.every.restart(self.ledger.passes)
+    def between_batches(self) -> None:
+        """Make a checkpoint that resumes with the next batch."""
+        self.step.begin()
+        self._checkpoints.begin()
+        self._save()
 
-    # -- what the loop tells -----------------------------------------------------------------------------------------------------------
+    def _save(self) -> None:
+        self._records.sync()
+        self._checkpoints.save()
+        self.every.restart(self.step.ledger.passes)
 
-    def batch_begins(self) -> None:
-        """A checkpoint from here on goes back to here."""
-        self.checkpoints.begin()
 
-    def batch_done(self, record: BatchRecord) -> None:
-        """Keep the record, show it, track it."""
-        if self._batches is not None:
-            self._batches.write(record)
-        self.listener.batch_done(record, self.allowance.fraction(self.ledger))
-        values = {"initial_loss": record.initial_loss, "repeats": record.repeats_done, "learning_rate": record.learning_rate}
-        self._track({**values, "gradient_norm": record.gradient_norm, "flops": self.ledger.flops}, record.batch)
+# ------------------------------------------------------------------------------------------------------------
+# From its first batch to its result
 
-    def evaluate(self, fraction: float) -> None:
-        """Score validation; at the start every arm is the base, whose score is known."""
-        result = self.shared.validation if fraction == 0 else self.shared.score("validation")
-        self._keep_score(result, "validation", fraction)
 
-    def _keep_score(self, result: Score, split: str, fraction: float) -> None:
-        ledger = self.ledger
-        record = EvalRecord(
-            split=split,
-            fraction=fraction,
-            batches=ledger.batches,
-            updates=ledger.updates,
-            tokens_trained=ledger.tokens_trained,
-            flops=ledger.flops,
-            train_seconds=ledger.train_seconds,
-            nats=result.nats,
-            tokens=result.tokens,
-            words=result.words,
-            bytes=result.bytes,
-            ppl=result.ppl,
-            word_ppl=result.word_ppl,
-            byte_ppl=result.byte_ppl,
-            bits_per_byte=result.bits_per_byte,
-        )
-        if self._evals is not None:
-            self._evals.write(record)
-        self.listener.evaluated(record)
-        self._track({f"{split}_ppl": record.ppl}, record.batches)
+def train_arm(shared: Shared, arm: Arm, seed: int, folder: Path, listener: Listener) -> None:
+    """Train an arm to its end, from its last checkpoint where its folder holds one.
 
-    def _track(self, values: dict[str, float], position: int) -> None:
-        if self.accelerator.trackers:
-            self.accelerator.log({f"{self.label}/{name}": value for name, value in values.items()}, step=position)
+    Raises:
+        RunError: where the arm that it is made from, or that sets its budget, is not finished.
+        Stopped: where the run was asked to stop; a checkpoint has been made.
+    """
+    job = Job(shared, arm, seed, folder, listener)
+    reset_peak_memory()
+    listener.arm_started(arm.name, seed)
+    parts = _resumed(job) or _begun(job)
+    try:
+        _train(job, parts)
+        _finish(job, parts)
+    finally:
+        parts.close(shared)
 
-    # -- what it leaves ----------------------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
-        """Score the end, write adapter and samples, and at last the result, which marks the arm as finished."""
-        strategy, seed = self.arm.name, self.seed
-        memory = peak_memory_mb()
-        validation, test = self.shared.score("validation"), self.shared.score("test")
-        self._keep_score(test, "test", 1.0)
-        if not self.accelerator.is_main_process:
-            return
-        try:
-            with whole_or_not(self.folder / "adapter") as scratch:
-                self.model.save_pretrained(scratch)
-        except SafetensorError as problem:  # what safetensors makes of a full disk
-            raise RunError(f"{self.folder / 'adapter'} could not be written ({problem}); make room and go on by --resume") from problem
-        scores = {"validation": validation, "test": test}
-        write_json(self.folder / "documents.json", {split: {"tokens": s.document_tokens, "nats": s.document_nats} for split, s in scores.items()})
-        samples = self.shared.sample()
-        prompts = [self.prepared.base.tokenizer.decode(prompt) for prompt in self.shared.prompts]
-        human = [self.prepared.base.tokenizer.decode(text) for text in self.shared.human]
-        content = {"prompts": prompts, "human": human, "base": self.shared.samples, "trained": samples}
-        write_json(self.folder / "samples.json", content)
-        write_text(self.folder / "samples.md", report.samples_page(f"{strategy}, seed {seed}", content))
-        ledger = self.ledger
-        result = {
-            "strategy": strategy,
-            "seed": seed,
-            "val_ppl": validation.ppl,
-            "test_ppl": test.ppl,
-            "val_word_ppl": validation.word_ppl,
-            "bits_per_byte": validation.bits_per_byte,
-            "batches": ledger.batches,
-            "updates": ledger.updates,
-            "mean_repeats": ledger.passes / ledger.batches,
-            "tokens_unique": ledger.tokens_unique,
-            "tokens_trained": ledger.tokens_trained,
-            "flops": ledger.flops,
-            "train_seconds": ledger.train_seconds,
-            "tokens_per_second": ledger.tokens_trained / ledger.train_seconds,
-            "peak_memory_mb": memory,
-            "test_word_ppl": test.word_ppl,
-            "test_bits_per_byte": test.bits_per_byte,
-            "base_val_ppl": self.shared.validation.ppl,
-            "flops_fresh": ledger.flops_fresh,
-            "flops_repeat": ledger.flops_repeat,
-            "flops_probe": ledger.flops_probe,
-            "flops_saved": ledger.flops_saved,
-            "seconds_saved": ledger.seconds_saved,
-            "seconds_charged": ledger.seconds_charged,
-            "store_gb": self.shared.reuse.store_gb,
-            "skipped_updates": ledger.skipped_updates,
-            "nonfinite_losses": ledger.nonfinite_losses,
-            "nonfinite_gradients": ledger.nonfinite_gradients,
-            "scaler_skips": ledger.scaler_skips,
-            "rollbacks": ledger.rollbacks,
-            "flops_lost": ledger.flops_lost,
-            "arm": {"strategy": self.arm.strategy, "source": self.arm.source, "lr": self.arm.config.lr},
-            "memorised": self._memorised(),
-            "text": _figures(samples),
-            "base_text": _figures(self.shared.samples),
-            "stopped": self.progress.stopped,
-        }
-        write_json(self.folder / "result.json", result)
-        remove_checkpoints(self.folder)
-        self.listener.arm_done(result)
+def _resumed(job: Job) -> ArmParts | None:
+    """The arm as its last checkpoint has it; None where it has none, and then nothing is left of it."""
+    if not from_main((job.folder / layout.BATCHES).exists()):
+        return None
+    parts, ledger = ArmParts.of(job), None
+    try:
+        if parts.checkpoints.restore():
+            ledger = parts.step.ledger
+            where = f"after {ledger.passes} passes on {ledger.batches} batches"
+            job.listener.note(f"{job.arm.name}, seed {job.seed}: resumed {where}")
+            return parts
+    finally:
+        if ledger is None:
+            parts.close(job.shared)
+    if job.shared.accelerator.is_main_process:  # stopped before its first checkpoint: starts anew
+        shutil.rmtree(job.folder)
+    return None
+
+
+def _begun(job: Job) -> ArmParts:
+    parts = ArmParts.of(job)
+    parts.checkpoints.begin()
+    return parts
+
+
+def _train(job: Job, parts: ArmParts) -> None:
+    """Train; an arm that diverges returns to its last checkpoint where that is wished for, or stops."""
+    training, ledger, progress = job.shared.config.training, parts.step.ledger, parts.progress
+    parts.points.every.restart(ledger.passes)
+    if training.on_divergence == "rollback":
+        parts.points.between_batches()  # there is always one to return to
+    while progress.stopped is None:
+        reason = _until_diverged(job.shared, parts)
+        if reason is None:
+            break
+        forgiven = training.on_divergence == "rollback" and ledger.rollbacks < ROLLBACKS
+        if not (forgiven and _roll_back(job, parts, reason)):
+            progress.stopped = reason
+    parts.points.between_batches()
+
+
+def _until_diverged(shared: Shared, parts: ArmParts) -> str | None:
+    """Train until the budget is spent, evaluated at equal fractions of it.
+
+    Or until the arm has diverged: then, why.
+    """
+    training, step, progress, records = shared.config.training, parts.step, parts.progress, parts.records
+    if progress.evaluated < 0:  # at the start every arm is the base, whose score is known
+        records.evaluation(shared.validation, "validation", 0.0)
+        progress.evaluated = 0
+    parts.checkpoints.begin()
+    for record in fit(parts.strategy, parts.stream, step):
+        records.batch(record, step.allowance)
+        if (diverged := progress.health.judge(record, training.explosion)) is not None:
+            return diverged
+        reached = _evaluations_due(step.allowance, step.ledger, training.evals)
+        if reached > progress.evaluated:
+            progress.evaluated = reached
+            score = shared.score("validation", parts.points.here)
+            records.evaluation(score, "validation", reached / training.evals)
+        parts.checkpoints.begin()
+    return None
+
+
+def _evaluations_due(allowance: Allowance, ledger: Ledger, evals: int) -> int:
+    return evals if allowance.exhausted(ledger) else math.floor(evals * allowance.fraction(ledger) + 1e-9)
+
+
+def _roll_back(job: Job, parts: ArmParts, reason: str) -> bool:
+    ledger = parts.step.ledger
+    before = dataclasses.replace(ledger)
+    if not parts.checkpoints.restore():
+        return False
+    ledger.keep_spent(before)
+    where = f"back to batch {ledger.batches} with half the learning rate"
+    job.listener.note(f"{job.label}: {reason.split(';')[0]}; {where}")
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Its budget, and what it is made from
+
+
+def _allowance(job: Job) -> Allowance:
+    training, plan = job.shared.config.training, job.shared.plan
+    unit, passes = training.match, plan.batches
+    if unit == "seconds" and training.budget is None and job.arm.strategy == REFERENCE:
+        unit = "epochs"  # its seconds are what the others may spend
+    amounts = {"epochs": passes, "flops": plan.flops, "updates": passes, "tokens": plan.tokens}
+    amount = training.budget or (amounts[unit] if unit in amounts else _baseline_seconds(job))
+    last = {"epochs": 1.0, "updates": 1.0, "flops": plan.last_pass_flops}.get(unit, 0.0)
+    return Allowance(unit, float(amount), max(1, round(passes * amount / amounts.get(unit, amount))), last)
+
+
+def _baseline_seconds(job: Job) -> float:
+    return read_result(_finished(job, REFERENCE)).train_seconds
+
+
+def _source_passes(job: Job) -> list[int]:
+    if job.arm.source is None:
+        return []
+    records = read_records(_finished(job, job.arm.source) / layout.BATCHES, BatchRecord)
+    return [record.repeats_done for record in records]
+
+
+def _finished(job: Job, arm: str) -> Path:
+    """The folder of another arm of this seed."""
+    folder = job.folder.parent.parent / arm / job.folder.name
+    if not (folder / layout.RESULT).is_file():
+        other = f"{arm}/{folder.name}"
+        raise RunError(f"{job.label} is made from {other}, which is not finished; train that arm first")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What it leaves
+
+
+def _finish(job: Job, parts: ArmParts) -> None:
+    """Score the end, write adapter and samples, and at last the result, which marks the arm as finished."""
+    shared, folder, between = job.shared, job.folder, parts.points.here
+    memory = peak_memory_mb()
+    scores = {split: shared.score(split, between) for split in ("validation", "test")}
+    parts.records.evaluation(scores["test"], "test", 1.0)
+    if not shared.accelerator.is_main_process:
+        return
+    try:
+        with whole_or_not(folder / layout.ADAPTER) as scratch:
+            shared.model.save_pretrained(str(scratch))
+    except SafetensorError as problem:  # what safetensors makes of a full disk
+        where = folder / layout.ADAPTER
+        raise RunError(
+            f"{where} could not be written ({problem}); make room and resume by --resume"
+        ) from problem
+    documents = {
+        name: {"tokens": each.document_tokens, "nats": each.document_nats} for name, each in scores.items()
+    }
+    write_json(folder / layout.DOCUMENTS, documents)
+    samples, tokenizer = shared.sample(between), shared.prepared.base.tokenizer
+    content = {
+        "prompts": [tokenizer.decode(prompt) for prompt in shared.prompts],
+        "human": [tokenizer.decode(text) for text in shared.human],
+        "base": shared.samples.as_json(),
+        "trained": samples.as_json(),
+    }
+    write_json(folder / layout.SAMPLES, content)
+    result = _result(job, parts, scores, memory)
+    result = dataclasses.replace(result, text=samples.metrics, memorised=_memorised(job, parts))
+    result.write(folder)
+    remove_checkpoints(folder)
+    job.listener.arm_done(result)
+
+
+def _result(job: Job, parts: ArmParts, scores: Mapping[str, Score], memory: float) -> ArmResult:
+    shared, ledger, arm = job.shared, parts.step.ledger, job.arm
+    validation, test = scores["validation"], scores["test"]
+    return ArmResult(
+        strategy=arm.name,
+        seed=job.seed,
+        val_ppl=validation.ppl,
+        test_ppl=test.ppl,
+        val_word_ppl=validation.word_ppl,
+        bits_per_byte=validation.bits_per_byte,
+        batches=ledger.batches,
+        updates=ledger.updates,
+        mean_repeats=ledger.passes / ledger.batches,
+        tokens_unique=ledger.tokens_unique,
+        tokens_trained=ledger.tokens_trained,
+        flops=ledger.flops,
+        train_seconds=ledger.train_seconds,
+        tokens_per_second=ledger.tokens_trained / ledger.train_seconds,
+        peak_memory_mb=memory,
+        test_word_ppl=test.word_ppl,
+        test_bits_per_byte=test.bits_per_byte,
+        base_val_ppl=shared.validation.ppl,
+        flops_fresh=ledger.flops_fresh,
+        flops_repeat=ledger.flops_repeat,
+        flops_probe=ledger.flops_probe,
+        flops_saved=ledger.flops_saved,
+        seconds_saved=ledger.seconds_saved,
+        seconds_charged=ledger.seconds_charged,
+        store_gb=shared.reuse.store_gb,
+        skipped_updates=ledger.skipped_updates,
+        nonfinite_losses=ledger.nonfinite_losses,
+        nonfinite_gradients=ledger.nonfinite_gradients,
+        scaler_skips=ledger.scaler_skips,
+        rollbacks=ledger.rollbacks,
+        flops_lost=ledger.flops_lost,
+        arm=ArmSettings(arm.strategy, arm.source, arm.config.lr),
+        base_text=shared.samples.metrics,
+        stopped=parts.progress.stopped,
+    )
+
+
+def _memorised(job: Job, parts: ArmParts) -> Any:
+    """See :mod:`iterbatch.evaluation.memorisation`.
+
+    The records are read back, so a resumed arm counts all passes.
+    """
+    shared = job.shared
+    if shared.accelerator.num_processes > 1:  # each process would see its own rows only
+        return None
+    passes = passes_of_blocks(read_records(job.folder / layout.BATCHES, BatchRecord), parts.stream.stream)
+    batch_size = shared.config.training.eval_batch_size
+    return memorised(shared.cut, shared.model, shared.prepared.blocks, passes, shared.accelerator, batch_size)

@@ -1,62 +1,29 @@
-"""Named or local text, in any supported form, to documents in three splits.
+"""Documents: one text each, kept in a file so that a corpus need not fit into memory."""
 
-What lives here: reading (through ``datasets``), the forms of text (plain, WikiText, dialogue), and the split into train, validation and
-test. What does not: tokens, blocks and batches, which are in :mod:`iterbatch.data.data_loader`.
-"""
-
-import codecs
-import hashlib
-import itertools
-import json
+import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from iterbatch.data.cache import Documents
-from iterbatch.errors import DataError, did_you_mean
+from iterbatch.data.cache import cache_folder
 
-SPLITS = ("train", "validation", "test")
-HELD_OUT_FRACTION = 0.1  # of the documents, for each of validation and test, where a source brings none
-SPLIT_SEED = 20_180_626  # fixed, so that every run and every arm holds out the same documents
-
-DEEP = 500  # brackets in a row of JSON from which on its depth is looked at
-PIECE = 1 << 20  # characters; a longer text is handled in pieces, cut at ends of lines, so that memory does not grow with it
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "valid": "validation",
-    "validation": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
-_BUILDERS = {".txt": "text", ".tokens": "text", ".raw": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_FIELDS = "'text', 'turns' (speaker, text), 'dialogue' with 'speakers', or 'messages' (role, content)"
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """A data set by its hub name, with the licence its card states."""
-
-    name: str
-    config: str | None
-    licence: str
-
-
-NAMED = {
-    "wikitext": HubDataset("Salesforce/wikitext", "wikitext-103-raw-v1", "CC BY-SA 3.0 and GFDL"),
-    "dialogue": HubDataset("allenai/soda", None, "CC BY 4.0"),
-}
+PIECE = (
+    1 << 20
+)  # characters; a longer text is handled in pieces, cut at ends of lines, so that memory does not grow
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text. ``words`` and ``bytes`` are counted on the source's own form, as lm-evaluation-harness counts them."""
+    """One text.
+
+    ``words`` and ``bytes`` are counted on the source's own form, as lm-evaluation-harness counts them.
+    """
 
     text: str
     words: int
@@ -67,11 +34,18 @@ class Document:
     def of(cls, text: str, source: str | None = None, *, ends: bool = True) -> "Document":
         """Build a document; ``source`` is the text before detokenisation, where there was any."""
         source = text if source is None else source
-        return cls(text=text, words=len(re.split(r"\s+", source)), bytes=len(source.encode("utf-8", "surrogatepass")), ends=ends)
+        return cls(
+            text=text,
+            words=len(re.split(r"\s+", source)),
+            bytes=len(source.encode("utf-8", "surrogatepass")),
+            ends=ends,
+        )
 
 
 def pieces(reads: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Cut a text that comes in any portions into pieces of at most ``PIECE`` characters, after a line's end, a space, or where need be.
+    """Cut a text that comes in any portions into pieces of at most ``PIECE`` characters.
+
+    After a line's end, a space, or where need be.
 
     Yields:
         Each piece, and whether it is the last.
@@ -86,226 +60,11 @@ def pieces(reads: Iterable[str]) -> Iterator[tuple[str, bool]]:
     yield rest, True
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents in three splits, where they came from, and what the reader must be told about them."""
+def documents_of_pieces(reads: Iterable[str]) -> Iterator[Document]:
+    """One text as documents: one, or where it is long, several that go on with each other.
 
-    splits: dict[str, Documents]
-    source: str
-    licence: str
-    notes: list[str] = field(default_factory=list)
-
-    def digest(self) -> str:
-        """SHA-256 over every split's documents in order, so that two runs can be shown to have read the same text."""
-        digest = hashlib.sha256()
-        for split in SPLITS:
-            for document in self.splits[split]:
-                digest.update(split.encode() + b"\0" + document.text.encode("utf-8", "surrogatepass") + b"\0")
-        return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------
-# Forms of text
-
-
-def detokenize_wikitext(text: str) -> str:
-    """Turn WikiText's spaced-out form (`` , ``, ``@-@``) into ordinary punctuation.
-
-    The rules undo what the Moses tokenizer did to the corpus; the same job as the detokeniser of lm-evaluation-harness's ``wikitext`` task.
+    Without a word in it, none.
     """
-    text = re.sub(r" @([-,.])@ ", r"\1", text)
-    text = re.sub(r" ([.,:;?!%)\]}])", r"\1", text)
-    text = re.sub(r"([(\[{$£€]) ", r"\1", text)
-    text = re.sub(r" '(s|m|re|ve|ll|d|t)\b", r"'\1", text)
-    text = re.sub(r" n't\b", "n't", text)
-    text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
-    text = re.sub(r"(?<=\w) ' (?=[^'\n]* ' )", " '", text)
-    text = re.sub(r"(?m)^ +| +$", "", text)
-    return re.sub(r"^((?:= ?)+)([^=\n]+?)((?: ?=)+)$", _plain_heading, text, flags=re.MULTILINE)
-
-
-def _plain_heading(match: re.Match[str]) -> str:
-    marks = match.group(1).replace(" ", "")
-    return f"{marks} {match.group(2).strip()} {marks}"
-
-
-def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
-    """Group WikiText's lines into articles: a new one starts at each top-level heading ``= Title =``, or after ``PIECE`` characters without one."""
-    article: list[str] = []
-    size, previous_blank = 0, True
-    for line in lines:
-        stripped = line.strip()
-        # A top-level heading stands after a blank line; ``= = Section = =`` has a second mark, and a formula's line does not follow a blank.
-        is_title = previous_blank and re.fullmatch(r"= [^=].*[^=] =|= [^=] =", stripped) is not None
-        if (is_title or size > PIECE) and any(part.strip() for part in article):
-            yield "\n".join(article)
-            article, size = [], 0
-        article.append(line.rstrip("\n"))
-        size += len(line)
-        previous_blank = not stripped
-    if any(part.strip() for part in article):
-        yield "\n".join(article)
-
-
-def _wikitext_document(article: str) -> Document:
-    return Document.of(detokenize_wikitext(article).strip("\n") + "\n", source=article)
-
-
-ChatTemplate = Callable[[list[dict[str, str]]], str]
-
-
-def row_text(row: dict[str, Any], chat_template: ChatTemplate | None = None) -> str:
-    """The text of one row, whichever of the supported fields it has.
-
-    Args:
-        row: One record of a JSONL, CSV, Parquet or hub data set.
-        chat_template: Writes ``messages`` as the tokenizer's own template does; without one a turn is a line ``role: content``.
-
-    Returns:
-        The text; dialogue has one line a turn, ``speaker: text``.
-
-    Raises:
-        DataError: where no supported field is there, or it has another form than it should.
-    """
-    try:
-        if isinstance(row.get("text"), str):
-            return row["text"]
-        if row.get("turns"):
-            return "\n".join(f"{turn['speaker']}: {turn['text']}" for turn in row["turns"])
-        if row.get("dialogue") and row.get("speakers"):
-            return "\n".join(f"{who}: {what}" for who, what in zip(row["speakers"], row["dialogue"], strict=True))
-        if row.get("messages"):
-            messages = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in row["messages"]]
-            if chat_template is not None:
-                return chat_template(messages)
-            return "\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
-    except (KeyError, TypeError, ValueError) as problem:
-        raise DataError(f"a row's dialogue cannot be read ({type(problem).__name__}: {problem}); allowed fields are {_FIELDS}") from problem
-    if any(name in row for name in ("text", "turns", "dialogue", "messages")):
-        return ""  # a row with an empty field is an empty document, skipped by the caller
-    raise DataError(f"the rows have the fields {sorted(row)}; one of them must be {_FIELDS}")
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-def read_corpus(
-    dataset: str,
-    *,
-    dataset_config: str | None = None,
-    data_dir: Path | None = None,
-    chat_template: ChatTemplate | None = None,
-) -> Corpus:
-    """Read a corpus by name or from a local file or folder.
-
-    Args:
-        dataset: ``pydocs``, ``wikitext``, ``dialogue``, or any hub name ``owner/name``.
-        dataset_config: The hub data set's configuration; the named ones have a default.
-        data_dir: A local file or folder to read instead of the hub.
-        chat_template: See :func:`row_text`.
-
-    Raises:
-        DataError: where the text cannot be found, reached or read.
-    """
-    if data_dir is not None:
-        splits, licence, source = _read_local(data_dir, chat_template), "as the text's owner states", str(data_dir)
-    elif dataset == "pydocs":
-        splits, licence, source = {"train": Documents(_pydocs())}, "Python Software Foundation License 2", "pydoc_data.topics"
-    else:
-        splits, licence, source = _read_hub(dataset, dataset_config, chat_template)
-    return complete_splits(splits, source, licence)
-
-
-def complete_splits(splits: Mapping[str, Documents], source: str, licence: str) -> Corpus:
-    """Cut the splits that a source lacks from its train split, by document with a fixed seed, and note it.
-
-    Raises:
-        DataError: where there is no training text, or too few documents to hold any out.
-    """
-    train = splits.get("train")
-    if not train:
-        raise DataError(
-            f"{source} holds no training text (splits found: {', '.join(splits) or 'none'}); name a file with 'train' in its name, "
-            "or point --data_dir at a single file"
-        )
-    notes = []
-    missing = [split for split in SPLITS[1:] if not splits.get(split)]
-    if missing and sum(document.ends for document in itertools.islice(train, 1000)) < 10:
-        train = Documents(piece for document in train for piece in _paragraphs(document))
-        notes.append(f"fewer than 10 documents: cut at blank lines into {len(train)} pieces")
-    held_out = max(1, round(HELD_OUT_FRACTION * len(train)))
-    if missing and len(train) <= held_out * len(missing):
-        raise DataError(
-            f"{source} has {len(train)} document(s), too few to hold out {' and '.join(missing)}; give separate files "
-            "(train, valid, test in their names) or more documents"
-        )
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
-    complete = {split: splits[split] for split in SPLITS[1:] if split not in missing}
-    for split in missing:
-        chosen, order = order[:held_out], order[held_out:]
-        complete[split] = train[np.sort(chosen)]
-        notes.append(f"no {split} split: {held_out} of {len(train)} documents held out of train, fixed seed")
-    complete["train"] = train[np.sort(order)]
-    return Corpus({split: complete[split] for split in SPLITS}, source, licence, notes)
-
-
-def _paragraphs(document: Document) -> list[Document]:
-    parts = [part for part in re.split(r"\n\s*\n", document.text) if part.strip()]
-    return [Document.of(part.strip("\n") + "\n") for part in parts]
-
-
-def _pydocs() -> Iterator[Document]:
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield Document.of(topics[name])
-
-
-def _read_local(path: Path, chat_template: ChatTemplate | None) -> dict[str, Documents]:
-    files: dict[str, list[Path]] = {}
-    for file in _local_files(path):
-        files.setdefault(_split_of(file, path), []).append(file)
-    return {split: Documents(document for file in chosen for document in _read_file(file, chat_template)) for split, chosen in files.items()}
-
-
-def _local_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise DataError(f"--data_dir {path} does not exist; give a file or folder of {', '.join(_BUILDERS)}")
-    if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise DataError(f"{path} has the ending '{path.suffix}'; allowed are {', '.join(_BUILDERS)}{did_you_mean(path.suffix, _BUILDERS)}")
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS and file.is_file())
-    if not files:
-        raise DataError(f"--data_dir {path} holds no file with one of the endings {', '.join(_BUILDERS)}")
-    return files
-
-
-def _split_of(file: Path, root: Path) -> str:
-    names = [file.name] if file == root else list(file.relative_to(root).parts)
-    for name in reversed(names):
-        for word in re.split(r"[^a-z]+", name.lower()):
-            if word in _SPLIT_WORDS and root != file:
-                return _SPLIT_WORDS[word]
-    return "train"
-
-
-def _read_file(file: Path, chat_template: ChatTemplate | None) -> Iterator[Document]:
-    if file.suffix != ".parquet":
-        _check_utf8(file)
-    if file.suffix == ".txt":
-        with file.open(encoding="utf-8-sig") as text:
-            yield from _documents_of_pieces(iter(lambda: text.read(PIECE), ""))
-    elif file.suffix in (".tokens", ".raw"):
-        with file.open(encoding="utf-8-sig") as text:
-            yield from map(_wikitext_document, wikitext_articles(iter(lambda: text.readline(PIECE), "")))
-    else:
-        yield from _documents_of_rows(_load_rows(file), chat_template, file)
-
-
-def _documents_of_pieces(reads: Iterable[str]) -> Iterator[Document]:
-    """One text as documents: one, or where it is long, several that go on with each other. Without a word in it, none."""
     begun = False
     for piece, last in pieces(reads):
         if begun or piece.strip():
@@ -313,106 +72,48 @@ def _documents_of_pieces(reads: Iterable[str]) -> Iterator[Document]:
             yield Document.of(piece, ends=last)
 
 
-def _load_rows(file: Path) -> Any:
-    import datasets
+class _Spool:
+    """The file of some documents, open as long as any view of them is there."""
 
-    if file.suffix == ".jsonl":
-        _check_depth(file)
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train")
-    except Exception as problem:  # datasets wraps every reader's own error in one of several classes
-        if file.suffix == ".jsonl":
-            _check_json_lines(file)
-        reason = problem.__cause__ or problem
-        raise DataError(f"{file} cannot be read as {file.suffix[1:]}: {str(reason).splitlines()[0]}") from problem
+    def __init__(self, folder: Path) -> None:
+        self.file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+
+    def __del__(self) -> None:
+        self.file.close()
 
 
-def _documents_of_rows(rows: Iterable[dict[str, Any]], chat_template: ChatTemplate | None, source: object) -> Iterator[Document]:
-    try:
-        for row in rows:
-            yield from _documents_of_pieces([row_text(row, chat_template)])
-    except DataError as problem:
-        raise DataError(f"{source}: {problem}") from problem
+class Documents(Sequence[Document]):
+    """Documents in a file that has no name and is gone with the process; each is read when it is asked for.
 
+    Args:
+        documents: Taken one at a time.
+    """
 
-def _check_utf8(file: Path) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    read = 0
-    try:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                decoder.decode(chunk)
-                read += len(chunk)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as problem:
-        raise DataError(
-            f"{file} is not UTF-8: byte {problem.object[problem.start]:#04x} near byte {read + problem.start}; save it as UTF-8 and try again"
-        ) from problem
-    except OSError as problem:
-        raise DataError(f"{file} cannot be read: {problem.strerror}") from problem
-    if read == 0:
-        raise DataError(f"{file} is empty; give a file with text in it")
+    def __init__(self, documents: Iterable[Document]) -> None:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._spool = _Spool(folder)
+        starts, words, sizes, ends = array("q", [0]), array("q"), array("q"), array("b")
+        for document in documents:
+            starts.append(starts[-1] + self._spool.file.write(document.text.encode("utf-8", "surrogatepass")))
+            words.append(document.words)
+            sizes.append(document.bytes)
+            ends.append(document.ends)
+        self._starts, self._counts = np.array(starts), np.array([words, sizes, ends])
+        self._order = np.arange(len(words))
 
+    def __len__(self) -> int:
+        return len(self._order)
 
-def _check_depth(file: Path) -> None:
-    """Refuse rows nested so deeply that the JSON reader's stack would end the process."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.count(b"[") + line.count(b"{") < DEEP:
-                continue
-            try:
-                json.loads(line)
-            except RecursionError as problem:
-                raise DataError(f"{file}, line {number}: nested too deeply to be read; mend or delete that line") from problem
-            except ValueError:
-                continue  # the reader says what is wrong with it
-
-
-def _check_json_lines(file: Path) -> None:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                raise DataError(f"{file}, line {number}: not valid JSON ({problem}); mend or delete that line") from problem
-            if not isinstance(row, dict):
-                raise DataError(f"{file}, line {number}: a {type(row).__name__} where an object with one of {_FIELDS} is needed")
-
-
-def _read_hub(dataset: str, config: str | None, chat_template: ChatTemplate | None) -> tuple[dict[str, Documents], str, str]:
-    import datasets
-
-    known = NAMED.get(dataset)
-    if known is None and "/" not in dataset:
-        names = ["pydocs", *NAMED]
-        raise DataError(
-            f"unknown dataset '{dataset}'; choose from {', '.join(names)}, a hub name 'owner/name', or --data_dir{did_you_mean(dataset, names)}"
-        )
-    hub = known or HubDataset(dataset, None, "as the data set's card states")
-    config = config or hub.config
-    datasets.disable_progress_bars()
-    try:
-        loaded: Any = datasets.load_dataset(hub.name, config)
-    except Exception as problem:  # connection, missing name, missing configuration: each library layer has its own class
-        raise DataError(unreachable_dataset(hub.name, problem)) from problem
-    splits: dict[str, Documents] = {}
-    for split, rows in loaded.items():
-        name = _SPLIT_WORDS.get(str(split).lower())
-        if name is None:
-            continue
-        if hub.name == "Salesforce/wikitext":
-            splits[name] = Documents(map(_wikitext_document, wikitext_articles(row["text"] for row in rows)))
-        else:
-            splits[name] = Documents(_documents_of_rows(rows, chat_template, hub.name))
-    return splits, hub.licence, f"{hub.name}{f' ({config})' if config else ''}"
-
-
-def unreachable_dataset(name: str, problem: BaseException) -> str:
-    """The message for a hub data set that could not be read."""
-    return (
-        f"the data set '{name}' could not be read from the hub ({type(problem).__name__}: {str(problem).splitlines()[0][:200]}). "
-        "Without a hub, point --data_dir at a local file or folder: .txt, .tokens/.raw (WikiText form), .jsonl, .csv or .parquet"
-    )
+    def __getitem__(self, place: Any) -> Any:
+        """A document; a slice or array of places gives a view of so many."""
+        if not isinstance(place, int):
+            view = copy.copy(self)
+            view._order = self._order[place]
+            return view
+        number = self._order[place]
+        start, stop = self._starts[number : number + 2]
+        file = self._spool.file
+        file.seek(start)
+        words, size, ends = self._counts[:, number].tolist()
+        return Document(file.read(stop - start).decode("utf-8", "surrogatepass"), words, size, bool(ends))

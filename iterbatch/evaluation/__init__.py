@@ -1,1 +1,1 @@
-"""."""
+"""What an adapter is worth: perplexity, the text it writes, what it has memorised."""

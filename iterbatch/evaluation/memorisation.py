@@ -1,18 +1,29 @@
-"""What an arm has memorised: its loss on the training blocks it saw most against those it saw least, each beside the base's.
+"""What an arm has memorised: its loss on the blocks it saw most against those it saw least.
 
-A block that is easy for the base is easy for the adapter too; what counts is how much further each group fell.
+Each beside the base's.
+
+A block that is easy for the base is easy for the adapter too; what counts is how much further each
+group fell.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from iterbatch.data.data_loader import BatchStream, EvalText, Window
+from iterbatch.data.data_loader import BatchStream
+from iterbatch.data.windows import EvalText, Window
 from iterbatch.evaluation.perplexity import score
-from iterbatch.model.load import copy_adapter, set_adapter
+from iterbatch.model.cut import CutModel
+from iterbatch.model.lora import blank_adapter, copy_adapter, set_adapter
 from iterbatch.records.record import BatchRecord
+from iterbatch.records.result import GroupLoss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
 
 GROUP = 64  # blocks scored in each group, at most
 
@@ -28,7 +39,10 @@ def passes_of_blocks(records: Iterable[BatchRecord], stream: BatchStream) -> np.
 
 
 def groups(passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks that were passed most often and least often, among those that were trained; both empty where all got the same."""
+    """Blocks that were passed most often and least often, among those that were trained.
+
+    Both empty where all got the same.
+    """
     trained = np.flatnonzero(passes)
     if not len(trained) or passes[trained].min() == passes[trained].max():
         return trained[:0], trained[:0]
@@ -37,29 +51,35 @@ def groups(passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order[-size:], order[:size]
 
 
-def compare(cut: Any, model: Any, blocks: Any, passes: np.ndarray, accelerator: Any, batch_size: int) -> dict[str, Any]:
+def memorised(
+    cut: CutModel,
+    model: PeftModel,
+    blocks: np.ndarray,  # (blocks, length) token ids
+    passes: np.ndarray,  # (blocks,)
+    accelerator: Accelerator,
+    batch_size: int,
+) -> dict[str, GroupLoss]:
     """Score both groups, and a sample of everything that was trained, with the adapter and with the base.
 
     Returns:
-        For ``all``, ``most`` and ``least``: number of blocks, mean passes, loss and base loss in nats a token (None where it is empty).
+        Of ``all``, ``most`` and ``least``; losses are None where a group is empty.
     """
     most, least = groups(passes)
     trained = np.flatnonzero(passes)
     sample = trained[:: max(1, len(trained) // GROUP)][:GROUP]
-    current = copy_adapter(model)
-    blank = {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in current.items()}
-    result: dict[str, Any] = {}
+    current, blank = copy_adapter(model), blank_adapter(model)
+    result: dict[str, GroupLoss] = {}
     for name, chosen in (("all", sample), ("most", most), ("least", least)):
         after = _loss(cut, blocks[chosen], accelerator, batch_size)
         set_adapter(model, blank)
         before = _loss(cut, blocks[chosen], accelerator, batch_size)
         set_adapter(model, current)
         mean = float(passes[chosen].mean()) if len(chosen) else None
-        result[name] = {"blocks": len(chosen), "passes": mean, "loss": after, "base_loss": before}
+        result[name] = GroupLoss(len(chosen), mean, after, before)
     return result
 
 
-def _loss(cut: Any, rows: Sequence[np.ndarray], accelerator: Any, batch_size: int) -> float | None:
+def _loss(cut: CutModel, rows: np.ndarray, accelerator: Accelerator, batch_size: int) -> float | None:
     """Mean nats a label token of whole blocks, as in training."""
     if not len(rows):
         return None

@@ -1,20 +1,29 @@
 """Perplexity, sum over sum."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iterbatch.data.data_loader import EvalText, collate
+from iterbatch.data.windows import EvalText, collate
+from iterbatch.model.cut import CutModel
 from iterbatch.reuse.prefix import PrefixSource
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over a text, and the figures that follow from them. Words and bytes are those of the text's source."""
+    """Sums over a text, and the figures that follow from them.
+
+    Words and bytes are those of the text's source.
+    """
 
     nats: float
     tokens: int
@@ -49,9 +58,9 @@ def _exp(nats: float) -> float:
 
 
 def score(
-    model: Any,
+    model: CutModel,
     text: EvalText,
-    accelerator: Any,
+    accelerator: Accelerator,
     *,
     source: PrefixSource | None = None,  # of this text; default: without a store
     batch_size: int = 8,  # windows scored together
@@ -61,10 +70,12 @@ def score(
 ) -> Score:
     """Score every token of a text once, in eval mode, without gradients.
 
-    The result does not depend on ``batch_size`` or ``padding_side``: windows are independent and padding is never attended to.
+    The result does not depend on ``batch_size`` or ``padding_side``: windows are independent and
+    padding is never attended to.
 
     Args:
-        model: A :class:`iterbatch.model.cut.CutModel`, not distributed: processes may do different numbers of forwards.
+        model: A :class:`iterbatch.model.cut.CutModel`, not distributed: processes may do different
+            numbers of forwards.
         text: Its windows are split over the processes.
         accelerator: Places, casts and reduces.
         source: Of the text's prefix activations.
@@ -80,7 +91,11 @@ def score(
     order = sorted(range(len(text.windows)), key=lambda index: -len(text.windows[index].input_ids))
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     # One sum a document: comparisons resample documents.
-    nats = torch.zeros(text.documents, dtype=torch.float64, device=accelerator.device if accelerator.device.type != "mps" else "cpu")
+    nats = torch.zeros(
+        text.documents,
+        dtype=torch.float64,
+        device=accelerator.device if accelerator.device.type != "mps" else "cpu",
+    )
     for group in groups[accelerator.process_index :: accelerator.num_processes]:
         between()
         micro = collate([text.windows[index] for index in group], pad_id, padding_side)
@@ -89,8 +104,12 @@ def score(
         with torch.no_grad(), accelerator.autocast():
             micro = micro.to(accelerator.device)
             rows = model(source.fetch(micro)[0], micro).sum(dim=1, dtype=torch.float64).to(nats.device)
-        nats.index_add_(0, torch.tensor([text.windows[index].document for index in group], device=nats.device), rows)
+        nats.index_add_(
+            0, torch.tensor([text.windows[index].document for index in group], device=nats.device), rows
+        )
         source.settle()
     model.train(training)
-    nats = accelerator.reduce(nats, "sum")
-    return Score(float(nats.sum()), text.tokens, text.words, text.bytes, nats.tolist(), text.document_tokens)
+    reduced: Any = accelerator.reduce(nats, "sum")
+    return Score(
+        float(reduced.sum()), text.tokens, text.words, text.bytes, reduced.tolist(), text.document_tokens
+    )

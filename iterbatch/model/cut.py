@@ -1,6 +1,7 @@
-"""A LLaMA cut at its lowest adapter: the frozen prefix below, the adapted part with norm, head and loss above.
+"""A LLaMA cut at its lowest adapter: the frozen prefix below, the adapted part with its loss above.
 
-What lives here: how tokens go through the two parts. What does not: keeping what the prefix gives (:mod:`iterbatch.reuse.prefix`).
+What lives here: how tokens go through the two parts. What does not: keeping what the prefix gives
+(:mod:`iterbatch.reuse.prefix`).
 """
 
 import copy
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iterbatch.data.data_loader import MicroBatch
+from iterbatch.data.batch import MicroBatch
 from iterbatch.errors import ModelError
 from iterbatch.model.head import head_nats
 
@@ -20,8 +21,8 @@ from iterbatch.model.head import head_nats
 class CutModel(nn.Module):
     """The same weights as the PEFT model it is made from, in two parts.
 
-    The prefix is frozen: its activations for given tokens never change. With adapters on layer 0 it is the embedding alone. Backward ends
-    at the cut, because nothing below it needs a gradient.
+    The prefix is frozen: its activations for given tokens never change. With adapters on layer 0 it
+    is the embedding alone. Backward ends at the cut, because nothing below it needs a gradient.
 
     Args:
         model: A ``PeftModel`` over the LLaMA layer layout.
@@ -31,7 +32,9 @@ class CutModel(nn.Module):
         super().__init__()
         causal = model.get_base_model()
         layers = causal.model.layers
-        adapted = (index for index, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters()))
+        adapted = (
+            index for index, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())
+        )
         self.cut = next(adapted, len(layers))  # number of frozen layers below the lowest adapter
         self.frozen = _part(causal.model, 0, self.cut)
         self.frozen.norm = nn.Identity()
@@ -62,7 +65,9 @@ class CutModel(nn.Module):
 
 @contextmanager
 def compiled(placed: Any, accelerator: Any, shape: tuple[int, int]) -> Iterator[float]:
-    """Compile each decoder layer for micro-batches of one shape; inputs of any other shape run uncompiled instead of compiling again.
+    """Compile each decoder layer for micro-batches of one shape.
+
+    Inputs of any other shape run uncompiled instead of compiling again.
 
     Args:
         placed: A :class:`CutModel`, prepared by the accelerator.
@@ -90,17 +95,24 @@ def compiled(placed: Any, accelerator: Any, shape: tuple[int, int]) -> Iterator[
             nats.backward()
         except Exception as problem:  # torch raises many classes here, most of them its own backends'
             reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-            raise ModelError(f"--compile does not work on this machine ({reason}); it needs a C++ compiler. Leave it out") from problem
+            raise ModelError(
+                f"--compile does not work on this machine ({reason}); it needs a C++ compiler. Leave it out"
+            ) from problem
         cut.zero_grad()
         with torch.compiler.set_stance("eager_on_recompile"):
             yield time.perf_counter() - start
 
 
-UNMASKED = "causal_without_mask"  # a name Transformers knows no mask for: it makes none, and does not read positions off the device to decide
+# A name Transformers knows no mask for: it makes none, and does not read positions off the device to
+# decide.
+UNMASKED = "causal_without_mask"
 
 
 def _through(part: Any, micro: MicroBatch, **inputs: Tensor) -> Tensor:
-    """Last hidden states of one part. Packed blocks, and padding on the right, need no mask beside causality."""
+    """Last hidden states of one part.
+
+    Packed blocks, and padding on the right, need no mask beside causality.
+    """
     window = getattr(part.config, "sliding_window", None)
     masked = micro.attention_mask is not None or (window is not None and micro.input_ids.shape[1] >= window)
     part.config._attn_implementation = "sdpa" if masked else UNMASKED
@@ -121,5 +133,10 @@ def _part(inner: Any, first: int, last: int) -> Any:
         config.layer_types = config.layer_types[first:last]
     with torch.device("meta"):
         part = type(inner)(config)
-    part.layers, part.embed_tokens, part.norm, part.rotary_emb = inner.layers[first:last], inner.embed_tokens, inner.norm, inner.rotary_emb
+    part.layers, part.embed_tokens, part.norm, part.rotary_emb = (
+        inner.layers[first:last],
+        inner.embed_tokens,
+        inner.norm,
+        inner.rotary_emb,
+    )
     return part

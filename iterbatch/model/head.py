@@ -1,6 +1,7 @@
 """The LM head and its loss together, so that the logits of a whole batch never exist.
 
-Torch's own ``linear_cross_entropy`` chunks too, but gives the loss in the inputs' dtype: in bfloat16 a perplexity of 20 would be known to two digits.
+Torch's own ``linear_cross_entropy`` chunks too, but gives the loss in the inputs' dtype: in
+bfloat16 a perplexity of 20 would be known to two digits.
 """
 
 from typing import Any
@@ -8,16 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iterbatch.data.data_loader import IGNORED
+from iterbatch.data.batch import IGNORED
 
-CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # logits held at once: a CPU wants them in its cache, a GPU wants tall matrices
-LEAST_ROWS = 64  # positions a chunk, so that a large vocabulary's weights are not read for a few rows each time
+CHUNK_ENTRIES = {
+    "cpu": 1 << 19,
+    "cuda": 1 << 26,
+}  # logits held at once: a CPU wants them in its cache, a GPU wants tall matrices
+LEAST_ROWS = (
+    64  # positions a chunk, so that a large vocabulary's weights are not read for a few rows each time
+)
 
 
 class _HeadNats(torch.autograd.Function):
-    """Chunk by chunk: logits, nats, and at once the gradient of each position's nats, because its logits will be gone by the backward pass.
+    """Chunk by chunk: logits, nats, and at once the gradient of each position's nats.
 
-    A position's nats depend on its own hidden state alone, so the gradient only waits for its factor from above.
+    Its logits will be gone by the backward pass.
+
+    A position's nats depend on its own hidden state alone, so the gradient only waits for its
+    factor from above.
     """
 
     @staticmethod
@@ -49,7 +58,9 @@ class _HeadNats(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor, None, None, None]:
         gradient, labels = ctx.saved_tensors
         factor = upstream[0].masked_fill(labels == IGNORED, 0.0)
         return gradient * factor[:, None].to(gradient.dtype), None, None, None
@@ -69,10 +80,11 @@ def head_nats(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         labels: (rows, length) int64; ``IGNORED`` where there is nothing to predict.
 
     Returns:
-        (rows, length) float32 nats, 0 where there is no label. Memory beside inputs, gradient and result: the logits of one chunk, however
-        many positions there are.
+        (rows, length) float32 nats, 0 where there is no label. Memory beside inputs, gradient and
+        result: the logits of one chunk, however many positions there are.
     """
     rows = chunk_rows(hidden.device.type, len(weight))
     flat = hidden.flatten(0, 1).to(weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadNats.apply(flat, weight, labels.flatten(), min(rows, len(flat))).view(labels.shape)  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+        # Pyright: ignore[reportAttributeAccessIssue, reportReturnType].
+        return _HeadNats.apply(flat, weight, labels.flatten(), min(rows, len(flat))).view(labels.shape)

@@ -1,7 +1,10 @@
-"""Load a LLaMA and its tokenizer, attach LoRA, freeze the rest.
+"""Load a LLaMA and its tokenizer, and freeze its weights.
 
-What does not live here: the scheduler network (:mod:`iterbatch.strategy.scheduler`) and the passes (:mod:`iterbatch.training.step`).
+What does not live here: the adapter (:mod:`iterbatch.model.lora`) and the passes
+(:mod:`iterbatch.training.passes`).
 """
+
+from __future__ import annotations
 
 import contextlib
 import importlib.util
@@ -10,20 +13,21 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
-from iterbatch.model import hub
-from iterbatch.training.budget import FlopModel, LayerShape
-from iterbatch.config import BenchConfig, ModelConfig, adapted_layers
-from iterbatch.errors import ConfigError, ModelError
-from iterbatch.model.head import chunk_rows
+from iterbatch.config import BenchConfig, ModelConfig
+from iterbatch.data import hub
+from iterbatch.errors import ConfigError, ModelError, first_line
+from iterbatch.model.lora import adapted_layers, attach_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # the LLaMA layer layout
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # of Accelerate's autocast
 
 
@@ -32,8 +36,8 @@ class Base:
     """A base model's configuration and tokenizer, read before any weights are."""
 
     path: str
-    config: Any  # transformers configuration
-    tokenizer: Any
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
     dtype: str  # resolved: float32, bfloat16 or float16
 
     @property
@@ -48,7 +52,10 @@ class Base:
 
 
 def resolve_dtype(dtype: str) -> str:
-    """``auto`` is bfloat16 where the machine computes it well (AVX512-BF16 or AMX CPU, Ampere or newer GPU), else float32."""
+    """``auto`` is bfloat16 where the machine computes it well, else float32.
+
+    That is an AVX512-BF16 or AMX CPU, an Ampere or newer GPU.
+    """
     if dtype != "auto":
         return dtype
     if torch.cuda.is_available():
@@ -57,7 +64,7 @@ def resolve_dtype(dtype: str) -> str:
     return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loading
 
 
@@ -73,29 +80,50 @@ def load_base(config: BenchConfig) -> Base:
     path, options = config.model_path, _loading_options(config)
     try:
         base_config = AutoConfig.from_pretrained(path, **options)
-    except Exception as problem:  # Transformers and its hub library raise many classes for a config.json that is damaged
-        raise ModelError(f"'{path}' has no usable config.json: {_first_line(problem)}. {_LOCAL_HINT}") from problem
+    except (
+        Exception
+    ) as problem:  # Transformers and its hub library raise many classes for a config.json that is damaged
+        raise ModelError(
+            f"'{path}' has no usable config.json: {first_line(problem)}. {_LOCAL_HINT}"
+        ) from problem
     if base_config.model_type not in SUPPORTED:
-        raise ModelError(f"'{path}' is a '{base_config.model_type}' model; this experiment adapts {', '.join(SUPPORTED)}")
+        raise ModelError(
+            f"'{path}' is a '{base_config.model_type}' model; this experiment adapts {', '.join(SUPPORTED)}"
+        )
     _check_weights(path, base_config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except Exception as problem:  # tokenizers and transformers raise many classes, a bare Exception among them
-        raise ModelError(f"'{path}' has no usable tokenizer: {_first_line(problem)}. {_LOCAL_HINT}") from problem
+    except (
+        Exception
+    ) as problem:  # tokenizers and transformers raise many classes, a bare Exception among them
+        raise ModelError(
+            f"'{path}' has no usable tokenizer: {first_line(problem)}. {_LOCAL_HINT}"
+        ) from problem
     if not len(tokenizer) or tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of '{path}' has no {'tokens' if not len(tokenizer) else 'end-of-text token'}. {_LOCAL_HINT}")
+        raise ModelError(
+            f"the tokenizer of '{path}' has no {'tokens' if not len(tokenizer) else 'end-of-text token'}. "
+            f"{_LOCAL_HINT}"
+        )
     if len(tokenizer) > base_config.vocab_size:
-        raise ModelError(f"the tokenizer of '{path}' has {len(tokenizer)} tokens, the model {base_config.vocab_size}; they do not belong together")
+        raise ModelError(
+            f"the tokenizer of '{path}' has {len(tokenizer)} tokens, the model {base_config.vocab_size}; "
+            "they do not belong together"
+        )
     base = Base(path, base_config, tokenizer, resolve_dtype(config.model.dtype))
     _check_fit(config, base)
     return base
 
 
-_LOCAL_HINT = "Point --model_name at a local folder in Hugging Face format (config.json, *.safetensors, tokenizer.json)"
+_LOCAL_HINT = (
+    "Point --model_name at a local folder in Hugging Face format (config.json, *.safetensors, tokenizer.json)"
+)
 
 
 def _loading_options(config: BenchConfig) -> dict[str, Any]:
-    """Options for ``from_pretrained``; a hub name is asked for once first, so that a missing hub is noticed within seconds."""
+    """Options for ``from_pretrained``.
+
+    A hub name is asked for once first, so that a missing hub is noticed within seconds.
+    """
     path, options = config.model_path, {"trust_remote_code": config.model.trust_remote_code}
     if Path(path).is_dir():
         return {**options, "local_files_only": True}
@@ -103,22 +131,28 @@ def _loading_options(config: BenchConfig) -> dict[str, Any]:
         raise ModelError(f"the model folder '{path}' does not exist. {_LOCAL_HINT}")
     problem = hub.problem_with(path)
     if problem is not None and not hub.cached(path, "config.json"):
-        raise ModelError(f"the model '{path}' could not be reached on the hub ({type(problem).__name__}: {_first_line(problem)}). {_LOCAL_HINT}")
+        raise ModelError(
+            f"the model '{path}' could not be reached on the hub ({type(problem).__name__}: "
+            f"{first_line(problem)}). {_LOCAL_HINT}"
+        )
     return {**options, "local_files_only": problem is not None}
 
 
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or ["no reason given"])[0][:240].rstrip(".")
+def _check_weights(path: str, base_config: PretrainedConfig) -> None:
+    """Compare a local folder's weights with its config.json, before memory is asked for.
 
-
-def _check_weights(path: str, base_config: Any) -> None:
-    """Compare a local folder's weights with its config.json, before memory is asked for that they do not fill. Only the files' headers are read."""
+    Only the files' headers are read.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickled = " Pickled ones (*.bin) are not read: they can run code. Save the model again by save_pretrained" if [*folder.glob("*.bin")] else ""
+        pickled = (
+            " Pickled ones (*.bin) are not read: they can run code. Save the model again by save_pretrained"
+            if [*folder.glob("*.bin")]
+            else ""
+        )
         raise ModelError(f"'{path}' holds no weights (*.safetensors).{pickled or ' ' + _LOCAL_HINT}")
     shapes: dict[str, list[int]] = {}
     for file in files:
@@ -126,10 +160,16 @@ def _check_weights(path: str, base_config: Any) -> None:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - not a dict
                     header = weights.get_slice(name)
-                    if header.get_dtype() in ("F32", "BF16", "F16"):  # quantised weights have shapes of their own
+                    if header.get_dtype() in (
+                        "F32",
+                        "BF16",
+                        "F16",
+                    ):  # quantised weights have shapes of their own
                         shapes[name] = header.get_shape()
         except (SafetensorError, OSError) as problem:
-            raise ModelError(f"the weights {file} cannot be read: {_first_line(problem)}. {_LOCAL_HINT}") from problem
+            raise ModelError(
+                f"the weights {file} cannot be read: {first_line(problem)}. {_LOCAL_HINT}"
+            ) from problem
     problems = [
         f"{name} is {shapes[name]}, not {wanted}"
         for name in shapes
@@ -140,10 +180,12 @@ def _check_weights(path: str, base_config: Any) -> None:
     if layers and len(layers) != base_config.num_hidden_layers:
         problems.append(f"they have {len(layers)} layers, not {base_config.num_hidden_layers}")
     if problems:
-        raise ModelError(f"the weights of '{path}' do not fit its config.json: {'; '.join(problems[:3])}. {_LOCAL_HINT}")
+        raise ModelError(
+            f"the weights of '{path}' do not fit its config.json: {'; '.join(problems[:3])}. {_LOCAL_HINT}"
+        )
 
 
-def _wanted(config: Any) -> list[tuple[str, list[int]]]:
+def _wanted(config: PretrainedConfig) -> list[tuple[str, list[int]]]:
     """Shapes of weights by the ends of their names, as config.json has them."""
     hidden, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
     width = getattr(config, "head_dim", None) or hidden // max(1, heads)
@@ -167,14 +209,16 @@ def _check_fit(config: BenchConfig, base: Base) -> None:
     except ConfigError as problem:
         problems.append(str(problem))
     if config.model.load_in and importlib.util.find_spec("bitsandbytes") is None:
-        problems.append(f'--load_in {config.model.load_in} needs bitsandbytes: pip install "iterbatch[quant]"')
+        problems.append(
+            f'--load_in {config.model.load_in} needs bitsandbytes: pip install "iterbatch[quant]"'
+        )
     if base.dtype == "float16" and not torch.cuda.is_available():
         problems.append("--dtype float16 needs a GPU; use bfloat16, float32 or auto")
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def load_model(base: Base, config: ModelConfig, *, seed: int = 0, meta: bool = False) -> Any:
+def load_model(base: Base, config: ModelConfig, *, seed: int = 0, meta: bool = False) -> PeftModel:
     """Load the weights, freeze them and attach adapters.
 
     Args:
@@ -196,98 +240,91 @@ def load_model(base: Base, config: ModelConfig, *, seed: int = 0, meta: bool = F
             model = AutoModelForCausalLM.from_config(base.config, dtype=getattr(torch, base.dtype))
     else:
         model = load_weights(base, config)
-    adapted = attach_adapter(model, base, config, adapted_layers(config.lora_layers, base.layers), seed)
+    adapted = attach_adapter(model, base.dtype, config, adapted_layers(config.lora_layers, base.layers), seed)
     if config.gradient_checkpointing and not meta:
         _checkpoint(model)
     return adapted
 
 
-def attach_adapter(model: Any, base: Base, config: ModelConfig, layers: list[int], seed: int = 0) -> Any:
-    """Freeze a model and put adapters on some of its layers.
-
-    Args:
-        model: From :func:`load_weights`.
-        base: It was loaded for.
-        config: Rank, scale, dropout and targets.
-        layers: Numbers of the adapted layers, from 0.
-        seed: Of the adapters' initial weights.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    model.requires_grad_(False)
-    model.config.use_cache = False
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] - PEFT divides it, a fraction is as good
-        lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_targets),
-        layers_to_transform=layers,
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(seed)
-    adapted = get_peft_model(model, lora, autocast_adapter_dtype=True)
-    if base.dtype != "float32":
-        _leave_casts_to_autocast(adapted)
-    return adapted
-
-
-def _leave_casts_to_autocast(model: nn.Module) -> None:
-    """Keep PEFT from casting an adapter's input up to float32: under autocast it would be cast down again at once, forward and backward."""
-    from peft.tuners.lora import LoraLayer
-
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
-
-
 def _checkpoint(model: Any) -> None:
     """Recompute activations in the backward pass, down to the lowest adapter and no further."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the older name
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    )  # the older name
     enable({"use_reentrant": False})
-    # Transformers forces a gradient upon the embeddings, which the reentrant kind needs; here it would make every frozen layer pay a backward.
+    # Transformers forces a gradient upon the embeddings, which the reentrant kind needs; here it
+    # would make every frozen layer pay a backward.
     model.disable_input_require_grads()
 
 
-def load_weights(base: Base, config: ModelConfig) -> Any:
-    """The base model with its weights in the computing dtype, or quantised; :func:`load_model` says what it raises."""
+def load_weights(base: Base, config: ModelConfig) -> PreTrainedModel:
+    """The base model with its weights in the computing dtype, or quantised.
+
+    :func:`load_model` says what it raises.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": getattr(torch, base.dtype), "attn_implementation": "sdpa", "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, base.dtype),
+        "attn_implementation": "sdpa",
+        "trust_remote_code": config.trust_remote_code,
+    }
     if config.load_in:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=config.load_in == "8bit", load_in_4bit=config.load_in == "4bit", bnb_4bit_compute_dtype=getattr(torch, base.dtype)
+            load_in_8bit=config.load_in == "8bit",
+            load_in_4bit=config.load_in == "4bit",
+            bnb_4bit_compute_dtype=getattr(torch, base.dtype),
         )
     try:
         with _quiet_loading():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, use_safetensors=True, **options)
-    except Exception as problem:  # safetensors, OSError and RuntimeError for truncated, missing or mismatched files
-        raise ModelError(f"the weights of '{base.path}' cannot be loaded: {_first_line(problem)}. {_LOCAL_HINT}") from problem
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                base.path, output_loading_info=True, use_safetensors=True, **options
+            )
+    except (
+        Exception
+    ) as problem:  # safetensors, OSError and RuntimeError for truncated, missing or mismatched files
+        raise ModelError(
+            f"the weights of '{base.path}' cannot be loaded: {first_line(problem)}. {_LOCAL_HINT}"
+        ) from problem
     model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
-        raise ModelError(f"the weights of '{base.path}' lack {len(missing)} tensors, the first is '{missing[0]}'. {_LOCAL_HINT}")
+        raise ModelError(
+            f"the weights of '{base.path}' lack {len(missing)} tensors, the first is '{missing[0]}'. "
+            f"{_LOCAL_HINT}"
+        )
     for module in model.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # bitsandbytes on a CPU: else its first evaluation repacks weights to a form without gradients
-            module.support_avx512bf16_for_cpu = False
+        # bitsandbytes on a CPU: else its first evaluation repacks weights to a form without gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
     _try(model, base)
     return model
 
 
 def _try(model: Any, base: Base) -> None:
-    """Write one token: a setting of config.json that no shape contradicts is found out here, not after an hour of training."""
-    ids = torch.full((1, 2), base.tokenizer.eos_token_id, device=model.device)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False, "pad_token_id": base.tokenizer.eos_token_id}
+    """Write one token: a wrong setting of config.json is found out here, not after an hour of training."""
+    end: Any = base.tokenizer.eos_token_id
+    ids = torch.full((1, 2), end, device=model.device)
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 1,
+        "do_sample": False,
+        "pad_token_id": base.tokenizer.eos_token_id,
+    }
     try:
         with torch.no_grad(), torch.random.fork_rng(), _quiet_loading():
             finite = bool(model.train()(ids).logits.isfinite().all())
             model.eval().generate(ids, **options)
     except Exception as problem:  # whatever a wrong setting brings about
-        reason = f"{type(problem).__name__}: {_first_line(problem)}"
-        raise ModelError(f"the model '{base.path}' cannot write text ({reason}); a setting of its config.json may be wrong") from problem
+        reason = f"{type(problem).__name__}: {first_line(problem)}"
+        raise ModelError(
+            f"the model '{base.path}' cannot write text ({reason}); a setting of its config.json may be wrong"
+        ) from problem
     if not finite:
-        raise ModelError(f"the model '{base.path}' computes what is not finite in {base.dtype}; its weights may be damaged, or try --dtype float32")
+        raise ModelError(
+            f"the model '{base.path}' computes what is not finite in {base.dtype}; its weights may be "
+            "damaged, or try --dtype float32"
+        )
 
 
 @contextlib.contextmanager
@@ -303,82 +340,3 @@ def _quiet_loading() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------
-# The adapter
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def reset_adapter(model: nn.Module, seed: int) -> None:
-    """Give the adapters the initial weights of a seed: the same for every arm of that seed."""
-    from peft.tuners.lora import LoraLayer
-
-    torch.manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name in module.lora_A:
-                module.reset_lora_parameters(name, init_lora_weights=True)
-
-
-def copy_adapter(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapter's weights, a few megabytes."""
-    return {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
-
-
-def set_adapter(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Write saved weights into the adapter."""
-    with torch.no_grad():
-        for name, parameter in adapter_parameters(model).items():
-            parameter.copy_(weights[name])
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------
-# What a pass costs
-
-
-def flop_model(model: Any, checkpointing: bool = False) -> FlopModel:
-    """Read the shapes of all projections, adapted or not, off the model.
-
-    Raises:
-        ModelError: where the layers are not laid out as LLaMA's are.
-    """
-    config = model.config
-    layers = [module for module in model.modules() if all(hasattr(module, part) for part in ("self_attn", "mlp", "input_layernorm"))]
-    if len(layers) != config.num_hidden_layers:
-        raise ModelError(f"found {len(layers)} LLaMA layers in a '{config.model_type}' model of {config.num_hidden_layers} layers")
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shapes = [_layer_shape(layer, config.num_attention_heads * width) for layer in layers]
-    return FlopModel.of(shapes, config.hidden_size, config.vocab_size, checkpointing)
-
-
-def _layer_shape(layer: nn.Module, score_width: int) -> LayerShape:
-    from peft.tuners.lora import LoraLayer
-
-    def projection(name: str) -> tuple[int, int, int]:
-        owner: Any = layer.mlp if hasattr(layer.mlp, name) else layer.self_attn
-        module: Any = getattr(owner, name)
-        rank: int = next(iter(module.r.values()), 0) if isinstance(module, LoraLayer) else 0
-        linear: Any = module
-        return linear.in_features, linear.out_features, rank
-
-    groups = [tuple(projection(name) for name in group) for group in GROUPS]
-    return LayerShape(*groups, score_width=score_width)
-
-
-def memory_estimate_mb(model: Any, rows: int, length: int) -> float:
-    """A rough estimate of peak training memory: weights, adapter with gradient and two AdamW moments, activations of the adapted part.
-
-    Activations are taken as 2 bytes for each of about 16 hidden-sized and 5 MLP-sized tensors a layer and token, one chunk of logits as 6
-    bytes an entry.
-    """
-    config = model.config
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    adapter = sum(p.numel() * 16 for p in model.parameters() if p.requires_grad)
-    adapted = sum(1 for module in model.modules() if hasattr(module, "self_attn") and any(p.requires_grad for p in module.parameters()))
-    activations = rows * length * adapted * 2 * (16 * config.hidden_size + 5 * config.intermediate_size)
-    return (frozen + adapter + activations + chunk_rows(model.device.type, config.vocab_size) * config.vocab_size * 6) / 1e6

@@ -1,19 +1,31 @@
-"""The figures of a comparison's report, from its scores. Each is drawn once and kept as SVG for the page, and as PDF and PNG for papers."""
+"""The figures of a comparison's report, from its scores.
+
+Each is drawn once and kept as SVG for the page, and as PDF and PNG for papers.
+"""
+
+from __future__ import annotations
 
 import io
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iterbatch.report.plots import PALETTE, plain_ticks, smooth
-from iterbatch.records.record import BatchRecord, whole_or_not
-from iterbatch.report.comparison import AXES, REFERENCE, ArmScores, CellScores, batches_of
+from iterbatch.records.write import whole_or_not
+from iterbatch.report.comparison import AXES, CellScores
+from iterbatch.strategy import REFERENCE
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Told apart by colour-blind readers (Okabe, Ito).
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK = "#010203"  # drawn in this, shown in the page's own text colour
 STYLES = ("-", "--", ":")
 MANY = 6  # arms in a legend
@@ -30,67 +42,30 @@ class Drawing:
     svg: str
 
 
+Paint = Callable[["Axes", CellScores], bool]  # False where the records do not allow it
+
+
 def draw(cell: CellScores, folder: Path) -> list[Drawing]:
     """Draw everything the records allow, and keep PDF and PNG files in ``folder``."""
-    records = {arm.name: [batches_of(seed) for seed in arm.finished] for arm in cell.arms}
-    wanted: list[tuple[str, str, str, Any]] = [
-        (
-            f"perplexity_{axis}",
-            f"Perplexity against {label}",
-            "Lower and further left is better. Lines are means over seeds, bands their range; the untrained base is left out.",
-            lambda axes, axis=axis, label=label: _curves(axes, cell, axis, label),
-        )
-        for axis, label in AXES.items()
-        if axis != "updates"
-    ]
-    wanted += [
-        (
-            "differences",
-            "Difference to the baseline",
-            "Log perplexity on the test split, arm minus baseline with the same seed. Left of 0 is better. Each bar is for its arm alone.",
-            lambda axes: _forest(axes, cell),
-        ),
-        (
-            "time_to_target",
-            "Compute to reach the baseline's perplexity",
-            "FLOPs until the baseline's mean final validation loss, as a share of what the baseline spends. No bar: not reached with every seed.",
-            lambda axes: _to_target(axes, cell),
-        ),
-        (
-            "repeats",
-            "Repeats over training",
-            "Passes a batch, mean over seeds and 15 batches.",
-            lambda axes: _repeats(axes, cell, records),
-        ),
-        (
-            "repeats_by_loss",
-            "Repeats against initial loss",
-            "One point a batch: a rule that follows the loss rises to the right.",
-            lambda axes: _by_loss(axes, cell, records),
-        ),
-        (
-            "loss_by_pass",
-            "Loss after each repeat",
-            "Loss before each pass on a batch minus its initial loss, mean over batches with that many passes. It falls there whether or not "
-            "anything is learnt that helps elsewhere.",
-            lambda axes: _by_pass(axes, cell, records),
-        ),
-        (
-            "compute",
-            "What the compute went into",
-            "FLOPs a run, mean over seeds: fresh passes, repeats, and overhead (probes, and what was undone).",
-            lambda axes: _split(axes, cell),
-        ),
-    ]
     drawings = []
-    for name, title, reading, paint in wanted:
+    for name, title, reading, paint in FIGURES:
         figure, axes = _empty_figure(title)
-        if paint(axes):
+        if paint(axes, cell):
             drawings.append(Drawing(name, title, reading, _keep(figure, folder, name)))
     return drawings
 
 
-def _empty_figure(title: str) -> tuple[Any, Any]:
+def draw_pictures(cell: CellScores, files: Mapping[str, Path]) -> None:
+    """Some of the figures, each as one PNG under a name of its own, with or without anything to show."""
+    for name, title, _, paint in FIGURES:
+        if name in files:
+            figure, axes = _empty_figure(title)
+            paint(axes, cell)
+            with whole_or_not(files[name]) as scratch:
+                figure.savefig(scratch, format="png")
+
+
+def _empty_figure(title: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 4.0), dpi=150, layout="constrained")
@@ -105,13 +80,15 @@ def _empty_figure(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _keep(figure: Any, folder: Path, name: str) -> str:
+def _keep(figure: Figure, folder: Path, name: str) -> str:
     """Write PDF and PNG, and give the SVG as part of a page: its own ids, the page's text colour."""
     import matplotlib as mpl
 
     for kind in ("pdf", "png"):
         with whole_or_not(folder / f"{name}.{kind}") as scratch:
-            figure.savefig(scratch, format=kind, metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
+            figure.savefig(
+                scratch, format=kind, metadata={"CreationDate": None} if kind == "pdf" else {"Software": None}
+            )
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -131,7 +108,7 @@ def _colour(cell: CellScores, arm: str) -> dict[str, Any]:
     return {"color": colour, "linestyle": STYLES[place // (len(PALETTE) - 1) % len(STYLES)]}
 
 
-def _legend(axes: Any, **more: Any) -> None:
+def _legend(axes: Axes, **more: Any) -> None:
     names = axes.get_legend_handles_labels()[1]
     if len(names) > MANY:  # below the axes, where it hides no curve
         more |= {"ncols": 4, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
@@ -139,7 +116,7 @@ def _legend(axes: Any, **more: Any) -> None:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, **more)
 
 
-def _curves(axes: Any, cell: CellScores, axis: str, label: str) -> bool:
+def _curves(axes: Axes, cell: CellScores, *, axis: str, label: str) -> bool:
     from matplotlib.ticker import EngFormatter
 
     for arm in cell.arms:
@@ -152,15 +129,17 @@ def _curves(axes: Any, cell: CellScores, axis: str, label: str) -> bool:
         style = _colour(cell, arm.name)
         axes.plot(cost, values.mean(axis=1), marker="o", markersize=3, linewidth=1.4, label=arm.name, **style)
         if len(curves) > 1:
-            axes.fill_between(cost, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.12, linewidth=0)
+            axes.fill_between(
+                cost, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.12, linewidth=0
+            )
     axes.set(xlabel=label, ylabel="validation perplexity", yscale="log")
-    plain_ticks(axes)
+    _plain_ticks(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _legend(axes)
     return bool(axes.lines)
 
 
-def _rows(axes: Any, names: Sequence[str]) -> np.ndarray:
+def _rows(axes: Axes, names: Sequence[str]) -> np.ndarray:
     places = np.arange(len(names))[::-1]
     axes.set_yticks(places, names)
     axes.set_ylim(-0.7, len(names) - 0.3)
@@ -168,7 +147,7 @@ def _rows(axes: Any, names: Sequence[str]) -> np.ndarray:
     return places
 
 
-def _forest(axes: Any, cell: CellScores) -> bool:
+def _forest(axes: Axes, cell: CellScores) -> bool:
     found = [each for each in cell.against_baseline if np.isfinite(each.estimate)]
     for place, each in zip(_rows(axes, [each.arm for each in found]), found, strict=True):
         colour = _colour(cell, each.arm)["color"]
@@ -180,7 +159,7 @@ def _forest(axes: Any, cell: CellScores) -> bool:
     return bool(found)
 
 
-def _to_target(axes: Any, cell: CellScores) -> bool:
+def _to_target(axes: Axes, cell: CellScores) -> bool:
     if np.isnan(cell.target):
         return False
     for place, arm in zip(_rows(axes, [arm.name for arm in cell.arms]), cell.arms, strict=True):
@@ -188,19 +167,23 @@ def _to_target(axes: Any, cell: CellScores) -> bool:
         if arm.name == REFERENCE:
             axes.barh(place, 1, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8)
         elif reached == of and interval.estimate > 0:
-            axes.barh(place, 1 / interval.estimate, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8)
+            axes.barh(
+                place, 1 / interval.estimate, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8
+            )
             if np.isfinite(interval.low):
                 axes.plot([1 / interval.high, 1 / interval.low], [place, place], color=INK, linewidth=1)
         else:
-            axes.text(0.01, place, f"reached with {reached} of {of} seeds", va="center", fontsize=8, color=INK)
+            axes.text(
+                0.01, place, f"reached with {reached} of {of} seeds", va="center", fontsize=8, color=INK
+            )
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set(xlabel="FLOPs to target, share of the baseline's", xlim=(0, None))
     return True
 
 
-def _repeats(axes: Any, cell: CellScores, records: dict[str, list[list[BatchRecord]]]) -> bool:
+def _passes(axes: Axes, cell: CellScores) -> bool:
     for arm in cell.arms:
-        seeds = [[record.repeats_done + len(record.revisited) for record in seed] for seed in records[arm.name] if seed]
+        seeds = [seed.batches.received for seed in arm.finished if len(seed.batches.received)]
         if not seeds:
             continue
         length = min(map(len, seeds))
@@ -211,45 +194,59 @@ def _repeats(axes: Any, cell: CellScores, records: dict[str, list[list[BatchReco
     return bool(axes.lines)
 
 
-def _by_loss(axes: Any, cell: CellScores, records: dict[str, list[list[BatchRecord]]]) -> bool:
+def _by_loss(axes: Axes, cell: CellScores) -> bool:
     random = np.random.default_rng(0)
     for place, arm in enumerate(cell.arms):
-        points = np.array([(record.initial_loss, record.repeats_done) for seed in records[arm.name] for record in seed], dtype=float)
+        of = [np.stack([seed.batches.losses, seed.batches.passes], axis=1) for seed in arm.finished]
+        points = np.concatenate(of) if of else np.empty((0, 2))
         if not len(points) or points[:, 1].min() == points[:, 1].max():
             continue  # the same for every batch: nothing to see
         points = points[random.permutation(len(points))[:POINTS]]
         offset = (place - (len(cell.arms) - 1) / 2) * 0.6 / len(cell.arms)
         height = points[:, 1] + offset + random.uniform(-0.04, 0.04, len(points))
-        axes.scatter(points[:, 0], height, s=5, alpha=0.5, linewidths=0, color=_colour(cell, arm.name)["color"], label=arm.name)
+        colour = _colour(cell, arm.name)["color"]
+        axes.scatter(points[:, 0], height, s=5, alpha=0.5, linewidths=0, color=colour, label=arm.name)
     axes.set(xlabel="initial loss, nats a token", ylabel="passes")
     _legend(axes, markerscale=3)
     return bool(axes.collections)
 
 
-def _by_pass(axes: Any, cell: CellScores, records: dict[str, list[list[BatchRecord]]]) -> bool:
+def _by_pass(axes: Axes, cell: CellScores) -> bool:
     for arm in cell.arms:
-        repeated = [record.losses for seed in records[arm.name] for record in seed if len(record.losses) > 1]
-        if not repeated:
+        deepest = max((len(seed.batches.falls) for seed in arm.finished), default=0)
+        if not deepest:
             continue
-        deepest = max(map(len, repeated))
-        means = [statistics.fmean(losses[done] - losses[0] for losses in repeated if len(losses) > done) for done in range(deepest)]
-        axes.plot(range(1, deepest + 1), means, marker="o", markersize=4, linewidth=1.4, label=arm.name, **_colour(cell, arm.name))
+        falls, fallen = np.zeros(deepest), np.zeros(deepest)
+        for seed in arm.finished:
+            falls[: len(seed.batches.falls)] += seed.batches.falls
+            fallen[: len(seed.batches.fallen)] += seed.batches.fallen
+        style = _colour(cell, arm.name)
+        axes.plot(
+            range(1, deepest + 1),
+            falls / fallen,
+            marker="o",
+            markersize=4,
+            linewidth=1.4,
+            label=arm.name,
+            **style,
+        )
     axes.set(xlabel="pass", ylabel="loss before it, minus initial loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    locator: Any = axes.xaxis.get_major_locator()
+    locator.set_params(integer=True)
     _legend(axes)
     return bool(axes.lines)
 
 
-def _split(axes: Any, cell: CellScores) -> bool:
+def _split(axes: Axes, cell: CellScores) -> bool:
     arms = [arm for arm in cell.arms if arm.finished]
     places = _rows(axes, [arm.name for arm in arms])
     left = np.zeros(len(arms))
-    for label, colour, keys in (
-        ("fresh", PALETTE[0], ("flops_fresh",)),
-        ("repeats", PALETTE[1], ("flops_repeat",)),
-        ("overhead", PALETTE[2], ("flops_probe", "flops_lost")),
+    for label, colour, figure in (
+        ("fresh", PALETTE[0], lambda result: result.flops_fresh),
+        ("repeats", PALETTE[1], lambda result: result.flops_repeat),
+        ("overhead", PALETTE[2], lambda result: result.flops_probe + result.flops_lost),
     ):
-        width = np.array([_total(arm, keys) for arm in arms])
+        width = np.nan_to_num([arm.mean(figure) for arm in arms])
         axes.barh(places, width, left=left, height=0.6, color=colour, label=label)
         left += width
     _plain_x(axes)
@@ -258,11 +255,79 @@ def _split(axes: Any, cell: CellScores) -> bool:
     return bool(arms)
 
 
-def _plain_x(axes: Any) -> None:
+def _plain_x(axes: Axes) -> None:
     from matplotlib.ticker import EngFormatter
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 
-def _total(arm: ArmScores, keys: Sequence[str]) -> float:
-    return sum(value for value in (arm.mean(key) for key in keys) if not np.isnan(value))
+def smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
+    """Centred moving mean; narrower at the ends."""
+    ones = np.ones(min(width, len(values)))
+    return np.convolve(values, ones, mode="same") / np.convolve(np.ones(len(values)), ones, mode="same")
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """A few plain numbers on an axis of perplexity, which is on a log scale."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=4))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+_CURVES = (
+    "Lower and further left is better. Lines are means over seeds, bands their range; the untrained base is "
+    "left out."
+)
+# Name of its files, title, how to read it, and what paints it.
+FIGURES: list[tuple[str, str, str, Paint]] = [
+    *(
+        (
+            f"perplexity_{axis}",
+            f"Perplexity against {label}",
+            _CURVES,
+            partial(_curves, axis=axis, label=label),
+        )
+        for axis, label in AXES.items()
+        if axis != "updates"
+    ),
+    (
+        "differences",
+        "Difference to the baseline",
+        "Log perplexity on the test split, arm minus baseline with the same seed. Left of 0 is better. Each "
+        "bar is for "
+        "its arm alone.",
+        _forest,
+    ),
+    (
+        "time_to_target",
+        "Compute to reach the baseline's perplexity",
+        "FLOPs until the baseline's mean final validation loss, as a share of what the baseline spends. No "
+        "bar: not "
+        "reached with every seed.",
+        _to_target,
+    ),
+    ("repeats", "Passes over training", "Passes a batch, mean over seeds and 15 batches.", _passes),
+    (
+        "repeats_by_loss",
+        "Passes against initial loss",
+        "One point a batch: a rule that follows the loss rises to the right.",
+        _by_loss,
+    ),
+    (
+        "loss_by_pass",
+        "Loss after each repeat",
+        "Loss before each pass on a batch minus its initial loss, mean over batches with that many passes. "
+        "It falls "
+        "there whether or not anything is learnt that helps elsewhere.",
+        _by_pass,
+    ),
+    (
+        "compute",
+        "What the compute went into",
+        "FLOPs a run, mean over seeds: fresh passes, repeats, and overhead (probes, and what was undone).",
+        _split,
+    ),
+]

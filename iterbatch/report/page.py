@@ -1,24 +1,29 @@
-"""The report of a comparison: ``report.html``, ``report.md``, ``metrics.csv`` and its figures, from records alone.
+"""The report: ``report.html``, ``report.md``, ``metrics.csv`` and figures, from records alone.
 
-What lives here: what is told, and in which words. What does not: numbers (:mod:`iterbatch.report.comparison`) and drawing (:mod:`iterbatch.report.figures`).
+What lives here: tables and pages. What does not: numbers (:mod:`iterbatch.report.comparison`), the
+answers in words (:mod:`iterbatch.report.answers`) and drawing (:mod:`iterbatch.report.figures`).
 """
 
 import csv
+import dataclasses
 import io
-import json
 import math
-import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from iterbatch.report import figures
-from iterbatch.report import mauve as mauve_score
-from iterbatch.records.record import write_text
-from iterbatch.report.summary import markdown, plain
-from iterbatch.report.comparison import REFERENCE, ArmScores, CellScores, Comparison, SeedScores, read_cells
+from iterbatch.errors import RunError
+from iterbatch.records import layout
+from iterbatch.records.read import Samples, read_samples
+from iterbatch.records.result import DECODINGS, ArmResult
+from iterbatch.records.write import write_text
+from iterbatch.report import figures, mauve, summary
+from iterbatch.report.answers import answers, verdict_words
+from iterbatch.report.comparison import ArmScores, CellScores, Comparison, SeedScores, read_cells
+from iterbatch.report.wording import interval_words, markdown, mean, number, plain, signed, spread
+from iterbatch.strategy import REFERENCE
 
 TEMPLATES = Path(__file__).parent.parent / "assets" / "report"
 SAMPLES = 4  # prompts shown side by side
@@ -52,7 +57,7 @@ class Section:
     @property
     def columns(self) -> list[str]:
         """Of the table of runs."""
-        return list(SEED_COLUMNS)
+        return list(COLUMNS)
 
 
 def write(run_dir: Path, mauve_model: Path | None = None) -> list[CellScores]:
@@ -67,12 +72,18 @@ def write(run_dir: Path, mauve_model: Path | None = None) -> list[CellScores]:
     """
     cells = read_cells(run_dir)
     if mauve_model is not None:
-        mauve_score.add(cells, mauve_model)
+        cells = mauve.scored(cells, mauve_model)
+    summary.write(run_dir)
     sections = [_section(cell, run_dir) for cell in cells]
-    content = {"title": run_dir.resolve().name, "sections": sections, "map": _map(sections), "text_metrics": TEXT}
-    for name in ("report.html", "report.md"):
+    content = {
+        "title": run_dir.resolve().name,
+        "sections": sections,
+        "map": _map(sections),
+        "text_metrics": TEXT,
+    }
+    for name in (layout.REPORT, layout.REPORT_TEXT):
         write_text(run_dir / name, _render(name, content))
-    write_text(run_dir / "metrics.csv", _csv(cells))
+    write_text(run_dir / layout.METRICS, _csv(cells))
     return cells
 
 
@@ -80,158 +91,51 @@ def _render(name: str, content: dict[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     escape = select_autoescape(enabled_extensions=("html",))
-    loader = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     loader.filters |= {"plain": plain, "markdown": markdown}
     return loader.get_template(name).render(**content)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
-# Words for numbers
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number for a table; a dash where there is none."""
-    if math.isnan(value):
-        return "-"
-    return f"{value:,.{digits}f}" if math.isfinite(value) else "∞"
-
-
-def signed(value: float) -> str:
-    """A difference of log perplexity."""
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    return "-" if math.isnan(value) else f"{value:+.4f}"
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean, with the standard deviation where there are several."""
-    if not values:
-        return "-"
-    more = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):,.{digits}f}{more}"
-
-
-def interval_words(comparison: Comparison) -> str:
-    """An estimate with its interval, as text."""
-    if comparison.interval is None:
-        return signed(comparison.estimate)
-    return f"{signed(comparison.estimate)} [{signed(comparison.interval.low)}, {signed(comparison.interval.high)}]"
-
-
-def _percent(comparison: Comparison) -> str:
-    """What a difference of log perplexity means for perplexity."""
-    return f"{(math.exp(comparison.estimate) - 1) * 100:+.1f}%"
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------
-# The answers, which come first
-
-
-def answers(cell: CellScores) -> list[str]:
-    """What the comparison says, a sentence each: which arm is best at this budget, what reaching the baseline takes, what controls leave of it."""
-    if cell.arm(REFERENCE) is None:
-        return [f"There is no arm '{REFERENCE}' to compare with; the table below stands alone."]
-    said = [*_best(cell), _target_words(cell)]
-    said += [f"{question} {_verdict(each)}" for question, each in cell.questions]
-    return [*said, *_text_words(cell)]
-
-
-def _best(cell: CellScores) -> list[str]:
-    unit = "FLOPs" if cell.unit == "flops" else cell.unit
-    budget = "the same epochs, at different cost" if unit == "epochs" else f"the same {unit}"
-    found = [each for each in cell.against_baseline if math.isfinite(each.estimate)]
-    if not found:
-        failed = [str(each.seed) for arm in cell.arms if arm.name == REFERENCE for each in arm.failures]
-        why = f"the baseline failed with seed {', '.join(failed)}" if failed else "no other arm has finished a seed that the baseline has finished"
-        return [f"There is nothing to compare: {why}."]
-    best = min(found, key=lambda each: each.estimate)
-    size = f"{interval_words(best)} nats a token against the baseline ({_percent(best)})"
-    if best.estimate >= 0:
-        said = f"For {budget}, no arm has a lower test perplexity than the baseline; nearest is {best.arm}, {size}."
-    else:
-        said = f"For {budget}, {best.arm} has the lowest test perplexity: {size}"
-        said += {
-            "no interval": "; with fewer than two seeds there is no interval, and this may be chance.",
-            "better": f"; p = {best.p_adjusted:.3f} after Holm's correction.",
-        }.get(best.verdict, f", which may be chance (p = {best.p_adjusted:.3f} after Holm's correction).")
-    for verdict in ("better", "worse"):
-        arms = [each.arm for each in found if each.verdict == verdict and (each.arm != best.arm or verdict == "worse")]
-        said += f" {verdict.capitalize()} than the baseline beyond chance: {', '.join(arms)}." if arms else ""
-    return [said]
-
-
-def _target_words(cell: CellScores) -> str:
-    reached_by, missed_by = [], []
-    for arm in cell.arms:
-        if arm.name == REFERENCE:
-            continue
-        interval, reached, of = cell.to_target(arm.name)
-        if reached < of:
-            missed_by.append(f"{arm.name} ({reached} of {of})")
-        else:
-            between = "" if math.isnan(interval.low) else f" [{1 / interval.high:.2f}, {1 / interval.low:.2f}]"
-            reached_by.append(f"{arm.name} {1 / interval.estimate:.2f}{between}")
-    level = f"{math.exp(cell.target):.2f}" if not math.isnan(cell.target) else "-"
-    _, own, seeds = cell.to_target(REFERENCE)
-    found = "; ".join([*reached_by, *([f"not reached with every seed: {', '.join(missed_by)}"] if missed_by else [])])
-    return (
-        f"FLOPs to reach the baseline's mean validation perplexity ({level}, which the baseline itself reaches with {own} of {seeds} seeds), as a "
-        f"share of the baseline's: {found or 'no other arm'}."
-    )
-
-
-def _verdict(each: Comparison) -> str:
-    what = f"{each.arm} minus {each.reference}: {interval_words(each)} nats a token"
-    words = {
-        "better": f"Yes: {what}, p = {each.p_adjusted:.3f}.",
-        "worse": f"No, the other way round: {what}, p = {each.p_adjusted:.3f}.",
-        "no difference found": f"No difference found: {what}, p = {each.p_adjusted:.3f}.",
-        "no interval": f"Not decided, fewer than two seeds: {what}.",
-        "trained alike": f"Not tested: {each.arm} and {each.reference} trained alike, to the last digit.",
-        "reference failed": f"{each.reference} failed with a seed that {each.arm} finished.",
-        "failed": f"{each.arm} failed with a seed that {each.reference} finished.",
-    }
-    return words[each.verdict]
-
-
-def _text_words(cell: CellScores) -> list[str]:
-    baseline = cell.arm(REFERENCE)
-    compared = [arm for arm in cell.arms if arm.name != REFERENCE and arm.finished]
-    if baseline is None or not baseline.finished or not compared:
-        return []
-    rep = {arm.name: arm.nested("text", "sampled", "rep_4") for arm in [baseline, *compared]}
-    varied = {arm.name: arm.nested("text", "sampled", "distinct_2") for arm in [baseline, *compared]}
-    within = [statistics.variance(values) for arm in cell.arms if len(values := _seed_values(arm, "distinct_2")) > 1]
-    noise = math.sqrt(statistics.fmean(within)) if within else math.nan
-    others = [name for name in rep if name != REFERENCE]
-    least, most = (choose(others, key=lambda name: varied[name]) for choose in (min, max))
-    low, high = (choose(rep[name] for name in others) for choose in (min, max))
-    return [
-        f"Sampled text: distinct-2 is {number(varied[REFERENCE])} for the baseline, and {number(varied[least])} ({least}) to "
-        f"{number(varied[most])} ({most}) for the others, where seeds of one arm spread by {number(noise)}; rep-4 is {number(rep[REFERENCE])}, "
-        f"and {number(low)} to {number(high)} for the others."
-    ]
-
-
-def _seed_values(arm: ArmScores, metric: str) -> list[float]:
-    found = [(each.result or {}).get("text", {}).get("sampled", {}).get(metric) for each in arm.finished]
-    return [float(value) for value in found if isinstance(value, int | float)]
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tables
 
 
 def _section(cell: CellScores, run_dir: Path) -> Section:
     anchor = cell.name or "comparison"
-    drawings = figures.draw(cell, cell.run_dir / "figures")
-    drawings = [figures.Drawing(each.name, each.title, each.reading, _unique(each, anchor)) for each in drawings]
+    drawings = figures.draw(cell, cell.run_dir / layout.FIGURES)
+    drawings = [
+        figures.Drawing(each.name, each.title, each.reading, _unique(each, anchor)) for each in drawings
+    ]
     compared = {each.arm: each for each in cell.against_baseline}
     rows = [_row(cell, arm, compared.get(arm.name)) for arm in cell.arms]
-    questions = [{"question": question, "verdict": each.verdict, "words": _verdict(each)} for question, each in cell.questions]
-    text, memory = [_text_row(arm) for arm in cell.arms if arm.finished], [_memory_row(arm) for arm in cell.arms if arm.finished]
+    questions = [
+        {"question": question, "verdict": each.verdict, "words": verdict_words(each)}
+        for question, each in cell.questions
+    ]
+    text, memory = (
+        [_text_row(arm) for arm in cell.arms if arm.finished],
+        [_memory_row(arm) for arm in cell.arms if arm.finished],
+    )
     seeds = [_seed_row(arm, each, run_dir) for arm in cell.arms for each in arm.seeds]
-    return Section(cell, anchor, answers(cell), drawings, rows, questions, text, memory, seeds, _samples(cell), _notes(cell))
+    return Section(
+        cell,
+        anchor,
+        answers(cell),
+        drawings,
+        rows,
+        questions,
+        text,
+        memory,
+        seeds,
+        _samples(cell),
+        _notes(cell),
+    )
 
 
 def _unique(drawing: figures.Drawing, anchor: str) -> str:
@@ -241,24 +145,29 @@ def _unique(drawing: figures.Drawing, anchor: str) -> str:
 def _row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> dict[str, Any]:
     interval, reached, of = cell.to_target(arm.name)
     baseline = cell.arm(REFERENCE)
-    ratio = arm.mean("flops") / baseline.mean("flops") if baseline and arm.finished and baseline.finished else math.nan
+    both = baseline is not None and arm.finished and baseline.finished
+    ratio = _flops(arm) / _flops(baseline) if both else math.nan  # pyright: ignore[reportArgumentType]
     return {
         "arm": arm.name,
         "seeds": f"{len(arm.finished)}" + (f" (+{len(arm.failures)} failed)" if arm.failures else ""),
-        "val": spread(arm.values("val_ppl")) if not arm.failures else "∞",
-        "test": spread(arm.values("test_ppl")) if not arm.failures else "∞",
+        "val": spread(arm.values(lambda result: result.val_ppl)) if not arm.failures else "∞",
+        "test": spread(arm.values(lambda result: result.test_ppl)) if not arm.failures else "∞",
         "delta": "" if compared is None else interval_words(compared),
         "p": "" if compared is None or compared.interval is None else f"{compared.p_adjusted:.3f}",
         "improvement": "" if compared is None else number(compared.improvement, 2),
         "verdict": "" if compared is None else compared.verdict,
         "target": _share(interval.estimate, reached, of) if arm.name != REFERENCE else "",
-        "repeats": number(arm.mean("mean_repeats"), 2),
-        "updates": number(arm.mean("updates"), 0),
-        "fresh": number(arm.mean("tokens_unique"), 0),
-        "gflops": number(arm.mean("flops") / 1e9, 0),
+        "repeats": number(arm.mean(lambda result: result.mean_repeats), 2),
+        "updates": number(arm.mean(lambda result: result.updates), 0),
+        "fresh": number(arm.mean(lambda result: result.tokens_unique), 0),
+        "gflops": number(_flops(arm) / 1e9, 0),
         "ratio": number(ratio, 2),
-        "seconds": number(arm.mean("train_seconds"), 1),
+        "seconds": number(arm.mean(lambda result: result.train_seconds), 1),
     }
+
+
+def _flops(arm: ArmScores) -> float:
+    return arm.mean(lambda result: result.flops)
 
 
 def _share(speed_up: float, reached: int, of: int) -> str:
@@ -266,79 +175,79 @@ def _share(speed_up: float, reached: int, of: int) -> str:
 
 
 def _text_row(arm: ArmScores) -> dict[str, Any]:
-    return {"arm": arm.name, **{how: {metric: number(arm.nested("text", how, metric)) for metric in TEXT} for how in ("greedy", "sampled")}}
+    metrics = {how: {metric: number(mean(arm.text(how, metric))) for metric in TEXT} for how in DECODINGS}
+    return {"arm": arm.name, **metrics}
 
 
 def _memory_row(arm: ArmScores) -> dict[str, Any]:
-    def fall(group: str) -> float:
-        return arm.nested("memorised", group, "loss") - arm.nested("memorised", group, "base_loss")
+    def group(name: str, value: str) -> float:
+        return arm.mean(lambda result: getattr((result.memorised or {}).get(name), value, None))
 
-    losses = [math.log(value) for value in arm.values("val_ppl")]
-    validation = statistics.fmean(losses) if losses else math.nan
+    def fall(name: str) -> float:
+        return group(name, "loss") - group(name, "base_loss")
+
+    losses = [math.log(value) for value in arm.values(lambda result: result.val_ppl)]
     return {
         "arm": arm.name,
-        "train": number(arm.nested("memorised", "all", "loss")),
-        "gap": number(validation - arm.nested("memorised", "all", "loss")),
-        "most_passes": number(arm.nested("memorised", "most", "passes"), 1),
+        "train": number(group("all", "loss")),
+        "gap": number(mean(losses) - group("all", "loss")),
+        "most_passes": number(group("most", "passes"), 1),
         "most": number(fall("most")),
-        "least_passes": number(arm.nested("memorised", "least", "passes"), 1),
+        "least_passes": number(group("least", "passes"), 1),
         "least": number(fall("least")),
         "difference": number(fall("most") - fall("least")),
     }
 
 
 def _seed_row(arm: ArmScores, each: SeedScores, run_dir: Path) -> dict[str, Any]:
-    result = each.result or {}
     link = "/".join(quote(part) for part in each.folder.relative_to(run_dir).parts) + "/"
-
-    def value(key: str, digits: int) -> str:
-        found = result.get(key)
-        return number(float(found), digits) if isinstance(found, int | float) else "∞" if key.endswith("ppl") else "-"
-
-    return {
-        "arm": arm.name,
-        "seed": each.seed,
-        "link": link,
-        "failed": each.failed,
-        "cells": [value(key, digits) for key, digits in SEED_COLUMNS.values()],
-    }
+    cells = [
+        "-" if each.result is None else number(value(each.result), digits)
+        for value, digits in COLUMNS.values()
+    ]
+    return {"arm": arm.name, "seed": each.seed, "link": link, "failed": each.failed, "cells": cells}
 
 
-SEED_COLUMNS = {
-    "validation perplexity": ("val_ppl", 3),
-    "test perplexity": ("test_ppl", 3),
-    "bits a byte": ("bits_per_byte", 4),
-    "mean passes": ("mean_repeats", 2),
-    "batches": ("batches", 0),
-    "updates": ("updates", 0),
-    "fresh tokens": ("tokens_unique", 0),
-    "trained tokens": ("tokens_trained", 0),
-    "FLOPs": ("flops", 0),
-    "seconds": ("train_seconds", 1),
-    "peak memory, MB": ("peak_memory_mb", 0),
-    "skipped updates": ("skipped_updates", 0),
+COLUMNS = {  # of the table of runs
+    "validation perplexity": (lambda result: result.val_ppl, 3),
+    "test perplexity": (lambda result: result.test_ppl, 3),
+    "bits a byte": (lambda result: result.bits_per_byte, 4),
+    "mean passes": (lambda result: result.mean_repeats, 2),
+    "batches": (lambda result: result.batches, 0),
+    "updates": (lambda result: result.updates, 0),
+    "fresh tokens": (lambda result: result.tokens_unique, 0),
+    "trained tokens": (lambda result: result.tokens_trained, 0),
+    "FLOPs": (lambda result: result.flops, 0),
+    "seconds": (lambda result: result.train_seconds, 1),
+    "peak memory, MB": (lambda result: result.peak_memory_mb, 0),
+    "skipped updates": (lambda result: result.skipped_updates, 0),
 }
 
 
 def _samples(cell: CellScores) -> list[dict[str, Any]]:
     """For the first prompts, what the base and each arm's first seed wrote."""
-    columns: list[tuple[str, Any]] = []
-    for arm in cell.arms:
-        for each in arm.finished[:1]:
-            try:
-                content = json.loads((each.folder / "samples.json").read_text(encoding="utf-8"))
-                if not columns:
-                    columns.append(("before training", (content["prompts"], content["base"]["sampled"]["texts"])))
-                columns.append((arm.name, (content["prompts"], content["trained"]["sampled"]["texts"])))
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-    if not columns:
+    found = {arm.name: _samples_of(arm.finished[0]) for arm in cell.arms if arm.finished}
+    there = {name: samples for name, samples in found.items() if samples is not None}
+    if not there:
         return []
-    prompts = columns[0][1][0][:SAMPLES]
+    first = next(iter(there.values()))
+    columns = {"before training": first.base, **{name: samples.trained for name, samples in there.items()}}
     return [
-        {"prompt": str(prompt), "texts": [(name, str(texts[place])) for name, (_, texts) in columns if place < len(texts)]}
-        for place, prompt in enumerate(prompts)
+        {
+            "prompt": prompt,
+            "texts": [
+                (name, texts["sampled"][at]) for name, texts in columns.items() if at < len(texts["sampled"])
+            ],
+        }
+        for at, prompt in enumerate(first.prompts[:SAMPLES])
     ]
+
+
+def _samples_of(scores: SeedScores) -> Samples | None:
+    try:
+        return read_samples(scores.folder)
+    except RunError:
+        return None
 
 
 def _notes(cell: CellScores) -> list[str]:
@@ -350,16 +259,28 @@ def _notes(cell: CellScores) -> list[str]:
     elif coverage:
         others = ", ".join(f"{name} {share:.1%}" for name, share in coverage.items() if name != method)
         notes.append(
-            f"95% intervals by the method '{method}', chosen by simulation with this study's own numbers of seeds and documents and its own "
-            f"variances: it held the truth in {coverage[method]:.1%} of simulated studies ({others}). Each interval is for its difference alone; "
+            f"95% intervals by the method '{method}', chosen by simulation with this study's own numbers of "
+            "seeds and documents and its own "
+            f"variances: it held the truth in {coverage[method]:.1%} of simulated studies ({others}). Each "
+            "interval is for its difference alone; "
             "p-values and verdicts are corrected for the number of arms, or of controls."
         )
     if cell.skipped_lines:
-        notes.append(f"{cell.skipped_lines} lines of records could not be read (cut off, damaged, or of another version) and were skipped.")
+        notes.append(
+            f"{cell.skipped_lines} lines of records could not be read (cut off, damaged, or of another "
+            "version) and were skipped."
+        )
     failed = [f"{arm.name}, seed {each.seed}: {each.failed}" for arm in cell.arms for each in arm.failures]
     notes += [f"Failed, and scored as infinity: {'; '.join(failed)}."] if failed else []
     bare = [arm.name for arm in cell.arms if any(not each.documents for each in arm.finished)]
-    notes += [f"Without scores by document, as an earlier version kept none, and so not compared: {', '.join(bare)}."] if bare else []
+    notes += (
+        [
+            "Without scores by document, as an earlier version kept none, and so not compared: "
+            f"{', '.join(bare)}."
+        ]
+        if bare
+        else []
+    )
     return notes
 
 
@@ -376,8 +297,11 @@ def _map(sections: list[Section]) -> list[dict[str, Any]]:
             {
                 "cell": section.cell.name,
                 "anchor": section.anchor,
-                "baseline": spread(baseline.values("test_ppl")) if baseline else "-",
-                "cells": [(signed(found[arm].estimate), found[arm].verdict) if arm in found else ("", "") for arm in arms],
+                "baseline": spread(baseline.values(lambda result: result.test_ppl)) if baseline else "-",
+                "cells": [
+                    (signed(found[arm].estimate), found[arm].verdict) if arm in found else ("", "")
+                    for arm in arms
+                ],
                 "arms": arms,
             }
         )
@@ -385,9 +309,15 @@ def _map(sections: list[Section]) -> list[dict[str, Any]]:
 
 
 def _csv(cells: Iterable[CellScores]) -> str:
-    """One line for each pair of arm and seed, every figure of its result that is one number."""
+    """One line for each arm and seed, every figure of its result that is one number."""
     lines = [
-        {"cell": cell.name, "arm": arm.name, "seed": each.seed, "failed": each.failed is not None, **_numbers(each.result or {})}
+        {
+            "cell": cell.name,
+            "arm": arm.name,
+            "seed": each.seed,
+            "failed": each.failed is not None,
+            **_numbers(each.result),
+        }
         for cell in cells
         for arm in cell.arms
         for each in arm.seeds
@@ -400,12 +330,13 @@ def _csv(cells: Iterable[CellScores]) -> str:
     return buffer.getvalue()
 
 
-def _numbers(result: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    found: dict[str, float] = {}
-    for key, value in result.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{name}.")
-        elif isinstance(value, int | float) and name != "seed":
-            found[name] = value
-    return found
+def _numbers(result: ArmResult | None) -> dict[str, float]:
+    return {} if result is None else dict(_flat(dataclasses.asdict(result)))
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and key != "seed" and math.isfinite(value):
+            yield f"{prefix}{key}", value

@@ -1,11 +1,12 @@
 """Paired comparisons: intervals over seeds and documents, time to target, and how many seeds an effect needs.
 
-What lives here: numbers to numbers. What does not: reading a run's folder (:mod:`iterbatch.report.comparison`) and telling what it means
-(:mod:`iterbatch.report.summary`).
+What lives here: numbers to numbers. What does not: reading a run's folder
+(:mod:`iterbatch.report.comparison`) and telling what it means (:mod:`iterbatch.report.summary`).
 
-The data of one comparison is a table of paired differences, seeds by documents: both are samples, of all the seeds and all the documents there could
-be. Every document is scored with every seed, so the two are crossed, and the variance of the mean has a part from each:
-``Var = a / S + b / D + e / (S D)``.
+The data of one comparison is a table of paired differences, seeds by documents: both are samples,
+of all the seeds and all the documents there could be. Every document is scored with every seed, so
+the two are crossed, and the variance of the mean has a part from each: ``Var = a / S + b / D + e /
+(S D)``.
 """
 
 import math
@@ -34,15 +35,16 @@ class Interval:
     method: str
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The table of a comparison
 
 
 def difference(nats: np.ndarray, reference: np.ndarray, tokens: np.ndarray) -> tuple[float, np.ndarray]:
     """Difference of two arms' log perplexity, and each (seed, document)'s part in it.
 
-    Log perplexity is a ratio, nats over tokens. Its parts are those of the ratio's linear approximation, so that a mean over a resampled table is the
-    ratio of the resampled documents, to first order: ``z_sd = delta + D (d_sd - delta t_d) / T``.
+    Log perplexity is a ratio, nats over tokens. Its parts are those of the ratio's linear
+    approximation, so that a mean over a resampled table is the ratio of the resampled documents, to
+    first order: ``z_sd = delta + D (d_sd - delta t_d) / T``.
 
     Args:
         nats: (seeds, documents) of the arm.
@@ -58,14 +60,20 @@ def difference(nats: np.ndarray, reference: np.ndarray, tokens: np.ndarray) -> t
 
 
 def components(table: np.ndarray) -> tuple[float, float, float]:
-    """Variance components (a of seeds, b of documents, e of their interaction) of crossed tables, by analysis of variance; none below 0.
+    """Variance components of crossed tables, by analysis of variance; none below 0.
+
+    a of seeds, b of documents, e of their interaction.
 
     Args:
         table: (..., seeds, documents); over leading axes the mean squares are averaged.
     """
     by_seed, by_document, rest, _ = (np.mean(each) for each in _mean_squares(table))
     seeds, documents = table.shape[-2:]
-    return float(max(by_seed - rest, 0.0) / documents), float(max(by_document - rest, 0.0) / seeds), float(rest)
+    return (
+        float(max(by_seed - rest, 0.0) / documents),
+        float(max(by_document - rest, 0.0) / seeds),
+        float(rest),
+    )
 
 
 def _mean_squares(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -80,21 +88,24 @@ def _mean_squares(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _variances(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Grand mean, and the two parts of its variance: from seeds with what is particular to a seed and document, and from documents."""
+    """Grand mean, and the two parts of its variance.
+
+    From seeds with what is particular to a seed and document, and from documents.
+    """
     seeds, documents = table.shape[-2:]
     by_seed, by_document, rest, mean = _mean_squares(table)
     return mean, by_seed / (seeds * documents), np.maximum(by_document - rest, 0.0) / (seeds * documents)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Intervals. Each takes a table and returns (low, high, p)
 
 
 def t_interval(table: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
     """Two t intervals put together: ``half^2 = (t_{S-1} se_seed)^2 + (t_{D-1} se_document)^2``.
 
-    Each variance keeps its own degrees of freedom, so that many documents do not lend theirs to few seeds. Source: method of variance estimates
-    recovery, Zou and Donner 2008.
+    Each variance keeps its own degrees of freedom, so that many documents do not lend theirs to few
+    seeds. Source: method of variance estimates recovery, Zou and Donner 2008.
     """
     mean, width = float(table.mean()), float(_half_width(table, 1 - level))
     if not width > 0:
@@ -114,25 +125,39 @@ def _half_width(tables: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def _resampled(table: np.ndarray, random: np.random.Generator, resamples: int) -> np.ndarray:
-    """(resamples, seeds, documents): seeds drawn with replacement, then documents, the same for all seeds of a draw."""
+    """(resamples, seeds, documents): seeds drawn with replacement, then documents, alike for all seeds."""
     seeds, documents = table.shape
     rows = random.integers(seeds, size=(resamples, seeds))
     columns = random.integers(documents, size=(resamples, documents))
     return table[rows[:, :, None], columns[:, None, :]]
 
 
-def percentile_interval(table: np.ndarray, level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
+def percentile_interval(
+    table: np.ndarray, level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
     """Percentiles of the hierarchical bootstrap."""
     means = _resampled(table, np.random.default_rng(seed), resamples).mean(axis=(1, 2))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high), _two_sided(float((means <= 0).mean()), resamples)
 
 
-def bca_interval(table: np.ndarray, level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
-    """Bias-corrected and accelerated hierarchical bootstrap; the acceleration by leaving out seeds. Source: Efron 1987."""
+def bca_interval(
+    table: np.ndarray, level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """Bias-corrected and accelerated hierarchical bootstrap; the acceleration by leaving out seeds.
+
+    Source: Efron 1987.
+    """
     means = _resampled(table, np.random.default_rng(seed), resamples).mean(axis=(1, 2))
-    estimate, left_out = table.mean(), (table.sum(axis=1).sum() - table.sum(axis=1)) / (table.size - table.shape[1])
-    bias = stats.norm.ppf(np.clip(((means < estimate).mean() + (means <= estimate).mean()) / 2, 1 / resamples, 1 - 1 / resamples))
+    estimate, left_out = (
+        table.mean(),
+        (table.sum(axis=1).sum() - table.sum(axis=1)) / (table.size - table.shape[1]),
+    )
+    bias = stats.norm.ppf(
+        np.clip(
+            ((means < estimate).mean() + (means <= estimate).mean()) / 2, 1 / resamples, 1 - 1 / resamples
+        )
+    )
     spread = left_out.mean() - left_out
     acceleration = (spread**3).sum() / (6 * max((spread**2).sum() ** 1.5, 1e-300))
 
@@ -144,7 +169,9 @@ def bca_interval(table: np.ndarray, level: float = LEVEL, seed: int = 0, resampl
     return float(low), float(high), _two_sided(float((means <= 0).mean()), resamples)
 
 
-def studentised_interval(table: np.ndarray, level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float, float]:
+def studentised_interval(
+    table: np.ndarray, level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
     """Bootstrap t: quantiles of (mean* - mean) / error* over hierarchical resamples."""
     mean, *parts = (float(each) for each in _variances(table))
     error = math.sqrt(sum(parts))
@@ -162,7 +189,12 @@ def _two_sided(share: float, resamples: int) -> float:
 
 
 Method = Callable[..., tuple[float, float, float]]
-METHODS: dict[str, Method] = {"t": t_interval, "studentised": studentised_interval, "BCa": bca_interval, "percentile": percentile_interval}
+METHODS: dict[str, Method] = {
+    "t": t_interval,
+    "studentised": studentised_interval,
+    "BCa": bca_interval,
+    "percentile": percentile_interval,
+}
 
 
 def simulated_coverage(
@@ -174,15 +206,20 @@ def simulated_coverage(
     resamples: int = 299,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """How often a method's 95% interval holds the truth, and its mean width, in normal tables with these variance components."""
+    """How often a method's 95% interval holds the truth, and its mean width, in such normal tables."""
     random = np.random.default_rng(seed)
-    a, b, e = (math.sqrt(part) * random.normal(size=(draws, *size)) for part, size in zip(parts, _sizes(seeds, documents), strict=True))
+    a, b, e = (
+        math.sqrt(part) * random.normal(size=(draws, *size))
+        for part, size in zip(parts, _sizes(seeds, documents), strict=True)
+    )
     tables = a + b + e
     if method == "t":
         mean, half = tables.mean(axis=(1, 2)), _half_width(tables, 1 - LEVEL)
         low, high = mean - half, mean + half
     else:
-        low, high = np.array([METHODS[method](table, seed=draw, resamples=resamples)[:2] for draw, table in enumerate(tables)]).T
+        low, high = np.array(
+            [METHODS[method](table, seed=draw, resamples=resamples)[:2] for draw, table in enumerate(tables)]
+        ).T
     return float(((low <= 0) & (high >= 0)).mean()), float((high - low).mean())
 
 
@@ -191,8 +228,12 @@ def _sizes(seeds: int, documents: int) -> tuple[tuple[int, int], ...]:
 
 
 @lru_cache(maxsize=64)
-def choose_method(seeds: int, documents: int, parts: tuple[float, float, float], draws: int = DRAWS) -> tuple[str, dict[str, float]]:
-    """The method for a study of this size: the first of ``METHODS`` whose simulated coverage is at least 93.5%; else the one that covers most.
+def choose_method(
+    seeds: int, documents: int, parts: tuple[float, float, float], draws: int = DRAWS
+) -> tuple[str, dict[str, float]]:
+    """The method for a study of this size.
+
+    The first of ``METHODS`` whose simulated coverage is at least 93.5%; else the one that covers most.
 
     Args:
         seeds: Of the study.
@@ -205,8 +246,13 @@ def choose_method(seeds: int, documents: int, parts: tuple[float, float, float],
     """
     documents = min(documents, 100)  # more of them change nothing but the time this takes
     counts = {name: draws if name == "t" else draws // 5 for name in METHODS}
-    coverage = {name: simulated_coverage(name, seeds, documents, parts, count)[0] for name, count in counts.items()}
-    chosen = next((name for name, covered in coverage.items() if covered >= LEAST_COVERAGE), max(coverage, key=lambda name: coverage[name]))
+    coverage = {
+        name: simulated_coverage(name, seeds, documents, parts, count)[0] for name, count in counts.items()
+    }
+    chosen = next(
+        (name for name, covered in coverage.items() if covered >= LEAST_COVERAGE),
+        max(coverage, key=lambda name: coverage[name]),
+    )
     return chosen, coverage
 
 
@@ -224,7 +270,10 @@ def compare(nats: np.ndarray, reference: np.ndarray, tokens: np.ndarray, method:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number, by Holm's step-down procedure, in the order given. Source: Holm 1979."""
+    """p-values adjusted for their number, by Holm's step-down procedure, in the order given.
+
+    Source: Holm 1979.
+    """
     order, adjusted, largest = np.argsort(p_values), [0.0] * len(p_values), 0.0
     for place, index in enumerate(order):
         largest = max(largest, (len(p_values) - place) * p_values[index])
@@ -233,7 +282,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def probability_of_improvement(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Chance that a run of the arm ends below a run of the reference, over all pairs of their seeds; a draw counts half.
+    """Chance that a run of the arm ends below a run of the reference, over all pairs of their seeds.
+
+    A draw counts half.
 
     Source: Agarwal et al. 2021, arXiv 2108.13264.
     """
@@ -241,12 +292,14 @@ def probability_of_improvement(values: Sequence[float], reference: Sequence[floa
     return float(((ours < theirs) + 0.5 * (ours == theirs)).mean())
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Time to target, and power
 
 
 def cost_to_target(costs: Sequence[float], losses: Sequence[float], target: float) -> float:
-    """Cost at which a curve first reaches a target loss, on a straight line between evaluations; infinity where it never does.
+    """Cost at which a curve first reaches a target loss, on a straight line between evaluations.
+
+    Infinity where it never does.
 
     Args:
         costs: At each evaluation, rising.
@@ -263,7 +316,9 @@ def cost_to_target(costs: Sequence[float], losses: Sequence[float], target: floa
 
 
 def speed_up(reference: Sequence[float], costs: Sequence[float]) -> Interval:
-    """How many times less an arm spends to reach the target: geometric mean over seeds of reference cost over its cost, with a t interval.
+    """How many times less an arm spends to reach the target.
+
+    Geometric mean over seeds of reference cost over its cost, with a t interval.
 
     An arm that misses with any seed has spent infinity there: its mean is 0, without an interval.
     """
@@ -279,15 +334,25 @@ def speed_up(reference: Sequence[float], costs: Sequence[float]) -> Interval:
     return Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half), p, "t")
 
 
-def seeds_needed(deviation: float, effect: float, power: float = 0.8, level: float = LEVEL, document_error: float = 0.0, documents: int = 2) -> int:
-    """Fewest seeds with which :func:`t_interval` finds an effect with this power; at least 2, ``MOST_SEEDS`` + 1 where more than that are needed.
+def seeds_needed(
+    deviation: float,
+    effect: float,
+    power: float = 0.8,
+    level: float = LEVEL,
+    document_error: float = 0.0,
+    documents: int = 2,
+) -> int:
+    """Fewest seeds with which :func:`t_interval` finds an effect with this power.
+
+    At least 2, ``MOST_SEEDS`` + 1 where more than that are needed.
 
     Args:
         deviation: Standard deviation over seeds of the paired difference.
         effect: To be found, in the same unit, above 0.
         power: Chance to find it.
         level: One minus the chance to find one that is not there.
-        document_error: Standard error from few documents, which no number of seeds takes away; 0 is the paired t test.
+        document_error: Standard error from few documents, which no number of seeds takes away; 0 is
+            the paired t test.
         documents: Their number.
     """
     if not effect > 0:
@@ -302,14 +367,24 @@ def seeds_needed(deviation: float, effect: float, power: float = 0.8, level: flo
             if stats.norm.cdf((effect - half) / spread) >= power:
                 return seeds
             continue
-        if stats.nct.sf(critical, seeds - 1, min(shift, 1e3)) + stats.nct.cdf(-critical, seeds - 1, min(shift, 1e3)) >= power:
+        if (
+            stats.nct.sf(critical, seeds - 1, min(shift, 1e3))
+            + stats.nct.cdf(-critical, seeds - 1, min(shift, 1e3))
+            >= power
+        ):
             return seeds
     return MOST_SEEDS + 1
 
 
 def expected_best(losses: Sequence[float]) -> list[float]:
-    """Expected lowest loss of n = 1, 2, ... trials drawn with replacement from these. Source: Dodge et al. 2019, arXiv 1909.03004."""
+    """Expected lowest loss of n = 1, 2, ... trials drawn with replacement from these. Source: Dodge et al.
+
+    2019, arXiv 1909.03004.
+    """
     ordered, count = np.sort(np.asarray(losses, dtype=float)), len(losses)
     above = (count - np.arange(count + 1)) / count  # share of trials from each place on
     chances = [above[:-1] ** drawn - above[1:] ** drawn for drawn in range(1, count + 1)]
-    return [float(sum(chance * loss for chance, loss in zip(each, ordered, strict=True) if chance > 0)) for each in chances]
+    return [
+        float(sum(chance * loss for chance, loss in zip(each, ordered, strict=True) if chance > 0))
+        for each in chances
+    ]

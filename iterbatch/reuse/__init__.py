@@ -1,1 +1,1 @@
-"""."""
+"""Frozen-prefix activations: computed once, served again within a batch, across epochs, arms and runs."""

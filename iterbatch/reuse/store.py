@@ -1,8 +1,9 @@
 """Block activations on disk: memory-mapped, checksummed, shared by arms, seeds and later runs.
 
-A store is a folder with ``header.json`` (what it belongs to), ``activations.bin`` (one slot an item, sparse) and ``index.bin`` (one entry an
-item). An item is served only when its entry is there and its checksum, taken over its bytes, its number and its seconds, is right: a process
-that dies between the two writes leaves an item that is missing, not one that is wrong.
+A store is a folder with ``header.json`` (what it belongs to), ``activations.bin`` (one slot an
+item, sparse) and ``index.bin`` (one entry an item). An item is served only when its entry is there
+and its checksum, taken over its bytes, its number and its seconds, is right: a process that dies
+between the two writes leaves an item that is missing, not one that is wrong.
 
 What does not live here: when activations are computed or read (:mod:`iterbatch.reuse.prefix`).
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from iterbatch.data.cache import cache_folder
 from iterbatch.errors import RunError
-from iterbatch.records.record import write_json
+from iterbatch.records.write import write_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ENTRY = np.dtype([("checksum", "<u8"), ("seconds", "<f8")])  # checksum 0: nothing stored
@@ -43,11 +44,15 @@ class Layout:
     @property
     def offsets(self) -> np.ndarray:
         """Bytes before each item, and the total: (items + 1,)."""
-        return np.concatenate([[0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))]) * self.width * DTYPES[self.dtype].itemsize
+        return (
+            np.concatenate([[0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))])
+            * self.width
+            * DTYPES[self.dtype].itemsize
+        )
 
     @property
     def capacity(self) -> int:
-        """The first so many items are stored: which ones depends on the limit alone, not on the order they are met in."""
+        """The first so many items are stored: that depends on the limit alone, not on who is met first."""
         return int(np.searchsorted(self.offsets, self.limit_bytes, side="right")) - 1
 
     @property
@@ -64,14 +69,24 @@ class ActivationStore:
         header: What the key is made of, and what ``iterbatch cache list`` shows.
         layout: Items and sizes.
         warn: Told once about each kind of trouble; training goes on.
-        leader: Whether to take the lock. Other processes of the same run follow: they write where the leader may.
+        leader: Whether to take the lock. Other processes of the same run follow: they write where
+            the leader may.
         writable: For a follower, whether its leader holds the lock.
 
     Raises:
         OSError: where the folder can neither be written nor read.
     """
 
-    def __init__(self, folder: Path, header: dict[str, Any], layout: Layout, warn: Warn, *, leader: bool = True, writable: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        header: dict[str, Any],
+        layout: Layout,
+        warn: Warn,
+        *,
+        leader: bool = True,
+        writable: bool = True,
+    ) -> None:
         self.folder, self.layout = folder, layout
         self.capacity, self._offsets = layout.capacity, layout.offsets
         self._warn, self._warned = warn, set[str]()
@@ -82,7 +97,8 @@ class ActivationStore:
         self._open()
         self._verified = np.zeros(self.capacity, dtype=bool)
 
-    # -- opening -----------------------------------------------------------------------------------------------------------------------
+    # -- opening -------------------------------------------------------------------------------------
+    # ----------------------------------
 
     def _take_lock(self) -> bool:
         try:
@@ -90,25 +106,42 @@ class ActivationStore:
             lock = FileLock(self.folder / "lock", blocking=False)
             lock.acquire()
         except Timeout:
-            self._say("busy", f"another run is filling {self.folder.name}; this one reads what is there and stores nothing")
+            self._say(
+                "busy",
+                f"another run is filling {self.folder.name}; this one reads what is there and stores nothing",
+            )
             return False
         except OSError as problem:
             if not (self.folder / "header.json").exists():
                 raise
-            self._say("read-only", f"the activation store {self.folder} cannot be written ({problem.strerror}); it is read, nothing is stored")
+            self._say(
+                "read-only",
+                f"the activation store {self.folder} cannot be written ({problem.strerror}); it is read, "
+                "nothing is stored",
+            )
             return False
         self._lock = lock
         return True
 
     def _own(self, header: dict[str, Any]) -> bool:
-        """Make the files this store's own, emptied where they belong to something else; they only ever grow."""
+        """Make the files this store's own, emptied where they belong to something else.
+
+        They only ever grow.
+        """
         file = self.folder / "header.json"
         if file.exists() and _read_json(file) != header:
-            self._say("foreign", f"the activation store {self.folder} belongs to another key or its header is damaged; it is built anew")
+            self._say(
+                "foreign",
+                f"the activation store {self.folder} belongs to another key or its header is damaged; it is "
+                "built anew",
+            )
             for name in ("index.bin", "activations.bin"):
                 (self.folder / name).unlink(missing_ok=True)
         write_json(file, header)
-        for name, size in (("index.bin", len(self.layout.lengths) * ENTRY.itemsize), ("activations.bin", self.layout.bytes)):
+        for name, size in (
+            ("index.bin", len(self.layout.lengths) * ENTRY.itemsize),
+            ("activations.bin", self.layout.bytes),
+        ):
             with (self.folder / name).open("ab") as content:
                 # A file cut short is filled up with zeros, and the items that are lost fail their checksum.
                 content.truncate(max(size, content.tell()))
@@ -118,39 +151,52 @@ class ActivationStore:
         mode = "r+b" if self.writable else "rb"
         self._index_file = (self.folder / "index.bin").open(mode, buffering=0)
         self._file = (self.folder / "activations.bin").open(mode, buffering=0)
-        # Reads go through the map, writes through the file: writing to a map kills the process when the disk is full.
+        # Reads go through the map, writes through the file: writing to a map kills the process when
+        # the disk is full.
         self._index = np.memmap(self.folder / "index.bin", dtype=ENTRY, mode="r")
         self._data = np.memmap(self.folder / "activations.bin", dtype=np.uint8, mode="r")
         if len(self._index) < self.capacity or len(self._data) < self.layout.bytes:
             self.capacity = 0  # a reader cannot repair it
-            self._say("short", f"the activation store {self.folder} is cut short and cannot be written; it is not used")
+            self._say(
+                "short",
+                f"the activation store {self.folder} is cut short and cannot be written; it is not used",
+            )
 
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             self._warn(message)
 
-    # -- items -------------------------------------------------------------------------------------------------------------------------
+    # -- items ---------------------------------------------------------------------------------------
+    # ----------------------------------
 
     def read_into(self, item: int, row: Tensor) -> float | None:
         """Copy an item into ``row``, (length, width) on the CPU in the store's dtype.
 
         Returns:
-            The seconds it took to compute, or None where it is not there or damaged: ``row`` is then undefined.
+            The seconds it took to compute, or None where it is not there or damaged: ``row`` is
+            then undefined.
         """
         if item >= self.capacity or not self._index[item]["checksum"]:
             return None
         entry, data = self._index[item], self._data[self._offsets[item] : self._offsets[item + 1]]
         if not self._verified[item]:
             if int(entry["checksum"]) != _checksum(item, data, entry["seconds"]):
-                self._say("damaged", f"the activation store {self.folder} has items that were changed or lost on disk; they are computed again")
+                self._say(
+                    "damaged",
+                    f"the activation store {self.folder} has items that were changed or lost on disk; they "
+                    "are computed again",
+                )
                 return None
             self._verified[item] = True
         row.view(torch.uint8).numpy().reshape(-1)[:] = data
         return float(entry["seconds"])
 
     def write(self, item: int, activations: Tensor, seconds: float) -> None:
-        """Keep an item: (length, width) on the CPU; ``seconds`` is what computing it took. Does nothing beyond the limit or after trouble."""
+        """Keep an item: (length, width) on the CPU; ``seconds`` is what computing it took.
+
+        Does nothing beyond the limit or after trouble.
+        """
         if not self.writable or item >= self.capacity:
             return
         data = activations.to(DTYPES[self.layout.dtype]).contiguous().view(torch.uint8).numpy().reshape(-1)
@@ -160,7 +206,11 @@ class ActivationStore:
             _write_at(self._index_file, item * ENTRY.itemsize, entry.tobytes())
         except OSError as problem:
             self.writable = False
-            self._say("full", f"the activation store {self.folder} takes no more ({problem.strerror}); training goes on without storing")
+            self._say(
+                "full",
+                f"the activation store {self.folder} takes no more ({problem.strerror}); training goes on "
+                "without storing",
+            )
         else:
             self._verified[item] = True
 
@@ -200,7 +250,7 @@ def _read_json(file: Path) -> Any:
         return None
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # All stores: ``iterbatch cache``
 
 
@@ -234,7 +284,13 @@ def _info(folder: Path) -> StoreInfo:
     lock = _free(folder)
     if lock is not None:
         lock.release()
-    return StoreInfo(folder.name, header if isinstance(header, dict) else {}, int((entries["checksum"] != 0).sum()), size / 1e9, lock is None)
+    return StoreInfo(
+        folder.name,
+        header if isinstance(header, dict) else {},
+        int((entries["checksum"] != 0).sum()),
+        size / 1e9,
+        lock is None,
+    )
 
 
 def _disk_bytes(file: Path) -> int:

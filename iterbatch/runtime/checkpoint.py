@@ -1,7 +1,7 @@
-"""Checkpoints of one arm: a state as one safetensors file, written whole or not at all, and checked when it is read.
+"""Checkpoints of one arm: a state as one safetensors file, whole or not at all, checked when it is read.
 
-What lives here: how a state becomes a file and back, and when one is written. What does not: what the parts of a state are, which each part says by
-``state_dict`` and ``load_state_dict``.
+What lives here: how a state becomes a file and back, and when one is written. What does not: what
+the parts of a state are, which each part says by ``state_dict`` and ``load_state_dict``.
 """
 
 import copy
@@ -9,8 +9,6 @@ import hashlib
 import json
 import math
 import random
-import re
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from iterbatch.errors import RunError
+from iterbatch.errors import RunError, first_line
+from iterbatch.records.write import whole_or_not
 from iterbatch.runtime.processes import agreed, count, from_main, gathered, is_main, rank
-from iterbatch.records.record import whole_or_not
 
 FORMAT = 1  # of the file; one of another number is not read
 KEPT = 2  # checkpoints of an arm
@@ -34,16 +32,16 @@ Warn = Callable[[str], None]
 class Part(Protocol):
     """Something whose state a checkpoint holds: plain values, tensors, and lists and dicts of them."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Any:
         """Its state."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
+    def load_state_dict(self, state: Any, /) -> Any:
         """Take a state over."""
         ...
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A state and its file
 
 
@@ -69,7 +67,10 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [pack(item, tensors) for item in value]
     if isinstance(value, np.generic):
         return pack(value.item(), tensors)
-    raise TypeError(f"a state_dict holds a {type(value).__name__}; allowed are numbers, strings, tensors, arrays, lists and dicts of them")
+    raise TypeError(
+        f"a state_dict holds a {type(value).__name__}; allowed are numbers, strings, tensors, arrays, lists "
+        "and dicts of them"
+    )
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -88,11 +89,15 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def write_state(path: Path, state: Any) -> None:
-    """Write a state to a safetensors file: its tensors, and the rest as JSON in the file's metadata, with a digest of both."""
+    """Write a state to a safetensors file: tensors, the rest as JSON in its metadata, a digest of both."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(pack(state, tensors), allow_nan=False)
     with whole_or_not(path) as scratch:
-        save_file(tensors, scratch, metadata={"format": str(FORMAT), "state": text, "sha256": _digest(text, tensors)})
+        save_file(
+            tensors,
+            scratch,
+            metadata={"format": str(FORMAT), "state": text, "sha256": _digest(text, tensors)},
+        )
 
 
 def read_state(path: Path) -> Any:
@@ -105,7 +110,7 @@ def read_state(path: Path) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as problem:
         raise ValueError(str(problem)) from problem
     if metadata.get("format") != str(FORMAT):
@@ -123,7 +128,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # When a checkpoint is made, and of what
 
 
@@ -133,68 +138,49 @@ class RandomStates:
     def state_dict(self) -> dict[str, Any]:
         """Python's, NumPy's, torch's, and each GPU's, a process."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - a user's strategy may draw from it
+        numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - a user's may draw from it
         mine = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
         return {"processes": gathered(mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from saved states.
+        """Continue from saved states.
 
         Raises:
-            RunError: where there were more or fewer processes: they share each batch, so their number belongs to the experiment.
+            RunError: where there were more or fewer processes: they share each batch, so their
+                number belongs to the experiment.
         """
         saved = state["processes"]
         if len(saved) != count():
-            raise RunError(f"the run was made by {len(saved)} process(es) and cannot go on with {count()}; start it with as many as before")
+            raise RunError(
+                f"the run was made by {len(saved)} process(es) and cannot be resumed by {count()}; start it "
+                "with as many as before"
+            )
         mine = saved[rank()]
         version, inner, gauss = mine["python"]
         random.setstate((version, tuple(inner), gauss))
-        np.random.set_state(mine["numpy"])  # noqa: NPY002
+        np.random.set_state(mine["numpy"])  # noqa: NPY002 - a user's may draw from it
         torch.set_rng_state(mine["torch"])
         if mine["cuda"]:
             torch.cuda.set_rng_state_all(mine["cuda"])
 
 
-class Every:
-    """``--checkpoint_every``: a number of seconds (``60`` or ``60s``) or of updates (``500u``).
-
-    Raises:
-        ValueError: for anything else.
-    """
-
-    def __init__(self, spec: str) -> None:
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(s|u)?", spec, flags=re.ASCII)
-        if match is None or not float(match[1]) > 0:
-            raise ValueError(f"'{spec}'; write seconds or updates above 0, for example 60s or 500u")
-        self.amount, self.in_updates = float(match[1]), match[2] == "u"
-        self._from = 0.0
-
-    def restart(self, updates: int) -> None:
-        """Count from here."""
-        self._from = self._now(updates)
-
-    def due(self, updates: int) -> bool:
-        """Whether the amount has passed since the last restart."""
-        return self._now(updates) - self._from >= self.amount
-
-    def _now(self, updates: int) -> float:
-        return updates if self.in_updates else time.monotonic()  # a clock that is never set back
-
-
 class Checkpoints:
     """The checkpoint files of one arm; the last two are kept.
 
-    What ``at_start`` parts say is taken when a batch begins, what ``live`` parts say when the checkpoint is made: between two passes of that
-    batch, or before the next one.
+    What ``at_start`` parts say is taken when a batch begins, what ``live`` parts say when the
+    checkpoint is made: between two passes of that batch, or before the next one.
 
     Args:
         folder: Of the arm.
-        at_start: Parts whose state goes back to the beginning of the batch: strategy, stream, records, progress.
+        at_start: Parts whose state goes back to the beginning of the batch: strategy, stream,
+            records, progress.
         live: Parts whose state is that after the last pass: adapter, optimizer, ledger, step, random states.
         warn: Told about files that cannot be written or read.
     """
 
-    def __init__(self, folder: Path, at_start: Mapping[str, Part], live: Mapping[str, Part], warn: Warn) -> None:
+    def __init__(
+        self, folder: Path, at_start: Mapping[str, Part], live: Mapping[str, Part], warn: Warn
+    ) -> None:
         self.folder, self.at_start, self.live, self._warn = folder, at_start, live, warn
         self._start: dict[str, Any] = {}
         self._unwritable = False
@@ -204,8 +190,14 @@ class Checkpoints:
         self._start = {name: copy.deepcopy(part.state_dict()) for name, part in self.at_start.items()}
 
     def save(self) -> None:
-        """Write one, and forget those before the last two. A full disk ends no training: it is told once, and what is there stays."""
-        state = {"at_start": self._start, "live": {name: part.state_dict() for name, part in self.live.items()}}
+        """Write one, and forget those before the last two.
+
+        A full disk ends no training: it is told once, and what is there stays.
+        """
+        state = {
+            "at_start": self._start,
+            "live": {name: part.state_dict() for name, part in self.live.items()},
+        }
         if not is_main():
             return
         files = checkpoint_files(self.folder)
@@ -216,7 +208,10 @@ class Checkpoints:
             raise RunError(f"no checkpoint can be made: {problem}") from problem
         except (OSError, SafetensorError) as problem:
             if not self._unwritable:
-                self._warn(f"no checkpoint could be written to {self.folder} ({problem}); training goes on, the one before stays")
+                self._warn(
+                    f"no checkpoint could be written to {self.folder} ({problem}); training goes on, the "
+                    "one before stays"
+                )
             self._unwritable = True
             return
         self._unwritable = False
@@ -224,7 +219,9 @@ class Checkpoints:
             old.unlink(missing_ok=True)
 
     def restore(self) -> bool:
-        """Give every part the last state that is whole; one that is damaged is named, and the one before it is taken.
+        """Give every part the last state that is whole.
+
+        One that is damaged is named, and the one before it is taken.
 
         Returns:
             False where there is none. Parts may then hold anything.
@@ -237,9 +234,20 @@ class Checkpoints:
             for group, parts in (("at_start", self.at_start), ("live", self.live)):
                 for name, part in parts.items():
                     part.load_state_dict(state[group][name])
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OSError) as problem:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RuntimeError,
+            OSError,
+        ) as problem:
             # Whatever a damaged or foreign file may bring about in a part.
-            self._warn(f"the checkpoint {file} cannot be used ({_first_line(problem)}); the one before it is taken, or else the arm starts anew")
+            self._warn(
+                f"the checkpoint {file} cannot be used ({first_line(problem)}); the one before it is taken, "
+                "or else the arm starts anew"
+            )
             return False
         self._start = state["at_start"]
         return True
@@ -247,7 +255,9 @@ class Checkpoints:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints of an arm, oldest first: by their numbers, whatever the clock said."""
-    return sorted((file for file in folder.glob("checkpoint-*.safetensors") if file.stem[11:].isdecimal()), key=_number)
+    return sorted(
+        (file for file in folder.glob("checkpoint-*.safetensors") if file.stem[11:].isdecimal()), key=_number
+    )
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -258,7 +268,3 @@ def remove_checkpoints(folder: Path) -> None:
 
 def _number(file: Path) -> int:
     return int(file.stem[11:])
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]

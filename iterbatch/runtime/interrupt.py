@@ -15,7 +15,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM are noted instead of obeyed; the second one of a kind is obeyed at once.
+    """While entered, SIGINT and SIGTERM are noted instead of obeyed.
+
+    The second one of a kind is obeyed at once.
 
     In a thread other than the main one signals do not arrive, and nothing changes.
     """
@@ -26,7 +28,9 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *exception: object) -> None:

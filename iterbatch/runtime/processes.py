@@ -1,26 +1,50 @@
 """The processes of a run, through Accelerate: one, or several that share each batch."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from iterbatch.config import BenchConfig
+from iterbatch.records.layout import TRACKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
 
 
-def make_accelerator(precision: str, config: BenchConfig | None = None, run_dir: Path | None = None) -> Any:
-    """Accelerate with the precision of this run, whatever an earlier run of this process had, and with trackers where asked for."""
+def make_accelerator(
+    precision: str,
+    trackers: Sequence[str] = (),
+    folder: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Accelerator:
+    """Accelerate with the precision of this run, whatever an earlier run of this process had.
+
+    Args:
+        precision: ``no``, ``bf16`` or ``fp16``.
+        trackers: Names that Accelerate knows.
+        folder: Where they write.
+        settings: Of the run, for them.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()  # mixed precision is global to a process in Accelerate; runs of one process may differ
-    trackers: Any = [name for name in config.run.log_with if name != "none"] if config and run_dir else []
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_dir=str(run_dir) if run_dir else None)
-    if trackers and config is not None:
-        flat = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.flat().items()}
-        accelerator.init_trackers("tracking", config=flat)
+    # Precision is global to a process in Accelerate; runs of one process may differ.
+    AcceleratorState._reset_state()
+    names: Any = list(trackers) or None
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=names, project_dir=None if folder is None else str(folder)
+    )
+    if trackers:
+        plain = {
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in (settings or {}).items()
+        }
+        accelerator.init_trackers(TRACKING, config=plain)
     return accelerator
 
 
-def _state() -> Any:
+def _state() -> PartialState:
     """Accelerate's view of the processes, whichever of it and the Accelerator is asked for first."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env

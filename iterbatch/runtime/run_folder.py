@@ -10,21 +10,24 @@ import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from iterbatch.config import LAST, BenchConfig
 from iterbatch.errors import RunError
-from iterbatch.records.record import sweep, write_text
+from iterbatch.plain_yaml import dump_yaml
+from iterbatch.records.layout import CONFIG, HOLDER, LOCK
+from iterbatch.records.read import read_config
+from iterbatch.records.write import sweep, write_text
 
-RESUMABLE = ("strategies", "seeds", "save_dir", "log_with", "eval_batch_size", "checkpoint_every")  # may differ when a run is gone on with
-CONFIG, LOCK, HOLDER = "config.yaml", "lock", "holder.json"
+# May differ when a run is resumed.
+RESUMABLE = ("strategies", "seeds", "save_dir", "log_with", "eval_batch_size", "checkpoint_every")
 
 
 def resume_folder(resume: Path, save_dir: Path, run_name: str | None) -> Path:
-    """The folder that ``--resume`` means: the one given, or else that of ``--run_name``, or else the newest run in ``--save_dir``.
+    """The folder that ``--resume`` means.
+
+    The one given, or else that of ``--run_name``, or else the newest run in ``--save_dir``.
 
     Raises:
         RunError: where no run is there.
@@ -36,11 +39,11 @@ def resume_folder(resume: Path, save_dir: Path, run_name: str | None) -> Path:
     else:
         runs = [file for file in save_dir.glob(f"*/{CONFIG}") if file.is_file()] if save_dir.is_dir() else []
         if not runs:
-            raise RunError(f"there is no run in {save_dir} to go on with; leave --resume out to start one")
+            raise RunError(f"there is no run in {save_dir} to resume; leave --resume out to start one")
         folder = max(runs, key=lambda file: file.stat().st_mtime).parent
     folder = folder.resolve()
     if not (folder / CONFIG).is_file():
-        raise RunError(f"there is no run to go on with at {folder}; leave --resume out to start it")
+        raise RunError(f"there is no run to resume at {folder}; leave --resume out to start it")
     return folder
 
 
@@ -48,22 +51,27 @@ def find_folder(config: BenchConfig) -> Path:
     """The run's folder, checked before long work but not made yet.
 
     Raises:
-        RunError: where it exists without ``--resume`` or ``--overwrite``, does not exist with ``--resume``, was made by another
-            configuration, or cannot be written.
+        RunError: where it exists without ``--resume`` or ``--overwrite``, does not exist with
+            ``--resume``, was made by another configuration, or cannot be written.
     """
     run = config.run
     if run.resume is not None:
         folder = resume_folder(run.resume, run.save_dir, run.run_name)
         _check_same_experiment(config, folder)
     else:
-        name = run.run_name or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', config.data.dataset)}-{datetime.now():%Y%m%d-%H%M%S}"
+        name = (
+            run.run_name
+            or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', config.data.dataset)}-{datetime.now():%Y%m%d-%H%M%S}"
+        )
         folder = run.save_dir / name
         _check_free(folder, run.overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder if run.resume else folder.parent).close()
     except OSError as problem:
-        raise RunError(f"{problem.filename or folder} cannot be written ({problem.strerror}); give another --save_dir") from problem
+        raise RunError(
+            f"{problem.filename or folder} cannot be written ({problem.strerror}); give another --save_dir"
+        ) from problem
     return folder
 
 
@@ -71,46 +79,44 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     """Whether a run may begin here: nothing is there, or a run that may be replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RunError(f"{folder} is not a folder; give another --run_name")
-    if not folder.exists() or not any(_content(folder)):
+    if not folder.exists() or not any(run_content(folder)):
         return
     if not overwrite:
-        raise RunError(f"{folder} exists already; go on with it by --resume {folder}, replace it by --overwrite, or give another --run_name")
+        raise RunError(
+            f"{folder} exists already; resume it by --resume {folder}, replace it by --overwrite, or give "
+            "another --run_name"
+        )
     if not (folder / CONFIG).exists():
-        raise RunError(f"{folder} is not the folder of a run (it has no {CONFIG}), so --overwrite leaves it alone; give another --run_name")
+        raise RunError(
+            f"{folder} is not the folder of a run (it has no {CONFIG}), so --overwrite leaves it alone; "
+            "give another --run_name"
+        )
 
 
-def _content(folder: Path) -> list[Path]:
-    """What is in a folder, but for what a run leaves that ended before it began."""
-    return [entry for entry in folder.iterdir() if entry.name not in (LOCK, HOLDER) and not entry.name.startswith(".")]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The settings a run was made with.
-
-    Raises:
-        RunError: where they cannot be read.
-    """
-    try:
-        content = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
-        raise RunError(f"{folder / CONFIG} cannot be read ({_first_line(problem)}); the run cannot be gone on with") from problem
-    if not isinstance(content, dict):
-        raise RunError(f"{folder / CONFIG} is damaged: it holds a {type(content).__name__}; the run cannot be gone on with")
-    return content
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+def run_content(folder: Path) -> list[Path]:
+    """What is in a run's folder, but for what a run leaves that ended before it began."""
+    return [
+        entry
+        for entry in folder.iterdir()
+        if entry.name not in (LOCK, HOLDER) and not entry.name.startswith(".")
+    ]
 
 
 def _check_same_experiment(config: BenchConfig, folder: Path) -> None:
     then, now = read_config(folder), config.flat()
-    changed = [f"--{key} was {then.get(key)}, now {value}" for key, value in now.items() if key not in RESUMABLE and then.get(key) != value]
+    changed = [
+        f"--{key} was {then.get(key)}, now {value}"
+        for key, value in now.items()
+        if key not in RESUMABLE and then.get(key) != value
+    ]
     if changed:
-        raise RunError(f"{folder} was made with other settings, its arms could not be compared: {'; '.join(changed)}. Give another --run_name")
+        raise RunError(
+            f"{folder} was made with other settings, its arms could not be compared: {'; '.join(changed)}. "
+            "Give another --run_name"
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One process at a time
 
 
@@ -118,7 +124,8 @@ def _check_same_experiment(config: BenchConfig, folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder and hold it against other processes.
 
-    The lock is the system's: it ends with its process, however that ends. ``holder.json`` only says who to look for.
+    The lock is the system's: it ends with its process, however that ends. ``holder.json`` only says
+    who to look for.
 
     Raises:
         RunError: where another process holds it.
@@ -128,7 +135,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as problem:
-        raise RunError(f"{folder} is in use by {_holder(folder)}; wait for it to end, or give another --run_name") from problem
+        raise RunError(
+            f"{folder} is in use by {_holder(folder)}; wait for it to end, or give another --run_name"
+        ) from problem
     try:
         write_text(folder / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
         yield
@@ -146,11 +155,13 @@ def hold(folder: Path, config: BenchConfig) -> Iterator[None]:
     """
     with locked(folder):
         if config.run.resume is None:
-            _check_free(folder, config.run.overwrite)  # another run may have begun and ended here in the meantime
+            _check_free(
+                folder, config.run.overwrite
+            )  # another run may have begun and ended here in the meantime
             empty(folder)
         sweep(folder)
         if not (folder / CONFIG).exists():
-            write_text(folder / CONFIG, config.to_yaml())
+            write_text(folder / CONFIG, dump_yaml(config.flat()))
         yield
 
 
@@ -164,5 +175,5 @@ def _holder(folder: Path) -> str:
 
 def empty(folder: Path) -> None:
     """Delete a run, its configuration last: until then it is still known for what it is."""
-    for entry in sorted(_content(folder), key=lambda entry: entry.name == CONFIG):
+    for entry in sorted(run_content(folder), key=lambda entry: entry.name == CONFIG):
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

@@ -1,15 +1,17 @@
 """The strategies: pure rules of plain numbers under thin classes.
 
-A strategy sees losses and ``step``. It never sees the optimizer, the data order, the data set's name or evaluation scores. To add one: write a
-class with ``repeats``, add a line to ``STRATEGIES`` and a card to ``docs/strategies/``.
+A strategy sees losses and ``step``. It never sees the optimizer, the data order, the data set's
+name or evaluation scores. To add one: write a class with ``repeats``, add a line to ``STRATEGIES``
+and a card to ``docs/strategies/``.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
-from iterbatch.config import StrategyConfig
-from iterbatch.strategy.scheduler import MAX_REPEATS
-from iterbatch.strategy.base import Adapter, BaseTrainingStrategy, Step
+from iterbatch.config import Knob, knobs_of
+from iterbatch.strategy.base import Adapter, BaseTrainingStrategy, ControlStep, Step
 from iterbatch.strategy.controls import (
     ExcessStrategy,
     FixedStrategy,
@@ -22,30 +24,25 @@ from iterbatch.strategy.controls import (
     SmallBatchesStrategy,
     SpacedStrategy,
     WeightedStrategy,
-    loss_of_rank,
 )
 from iterbatch.strategy.original import (
     ABRStrategy,
     BaselineStrategy,
     LearnableSchedulingStrategy,
     SlidingWindowStrategy,
-    abr_repeats,
-    window_repeats,
 )
 
 __all__ = [
+    "REFERENCE",
     "STRATEGIES",
-    "ABRStrategy",
     "Adapter",
     "BaseTrainingStrategy",
-    "BaselineStrategy",
-    "LearnableSchedulingStrategy",
-    "SlidingWindowStrategy",
+    "ControlStep",
+    "SharedKnob",
     "Step",
-    "abr_repeats",
-    "loss_of_rank",
+    "knobs",
     "make_strategy",
-    "window_repeats",
+    "needs_source",
 ]
 
 STRATEGIES: dict[str, type[BaseTrainingStrategy]] = {
@@ -65,27 +62,69 @@ STRATEGIES: dict[str, type[BaseTrainingStrategy]] = {
     "small_batches": SmallBatchesStrategy,
     "selective": SelectiveStrategy,
 }
+REFERENCE = "baseline"  # the arm that all others are compared with
 
 
-def make_strategy(name: str, knobs: StrategyConfig, seed: int, source: Sequence[int] | None = None) -> BaseTrainingStrategy:
-    """Build a strategy with its knobs.
+@dataclass(frozen=True)
+class SharedKnob:
+    """A knob that one strategy or several have under one name, as one flag.
+
+    Args:
+        name: Of the flag.
+        kind: int, float, str or bool.
+        default: Theirs where they agree, else None, which leaves each its own.
+        knob: Its meaning for each of them, and the range that all of them have.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    knob: Knob
+
+
+def knobs() -> dict[str, SharedKnob]:
+    """The knobs of all strategies, by name."""
+    owners: dict[str, list[str]] = {}
+    for strategy, kind in STRATEGIES.items():
+        for name in knobs_of(kind):
+            owners.setdefault(name, []).append(strategy)
+    return {name: _shared(name, strategies) for name, strategies in owners.items()}
+
+
+def _shared(name: str, strategies: list[str]) -> SharedKnob:
+    defaults: dict[Any, list[str]] = {}
+    meanings: dict[str, list[str]] = {}
+    for strategy in strategies:
+        kind = STRATEGIES[strategy]
+        defaults.setdefault(getattr(kind, name), []).append(strategy)
+        meanings.setdefault(knobs_of(kind)[name].meaning, []).append(strategy)
+    words = "; ".join(f"{', '.join(users)}: {meaning}" for meaning, users in meanings.items())
+    agreed = next(iter(defaults)) if len(defaults) == 1 else None
+    if agreed is None:
+        rare = [f"{', '.join(users)} {value}" for value, users in list(defaults.items())[1:]]
+        words += f". Default: {next(iter(defaults))}; {'; '.join(rare)}"
+    first = STRATEGIES[strategies[0]]
+    knob = Knob(words, **dataclasses.asdict(knobs_of(first)[name].range))
+    return SharedKnob(name, get_type_hints(first)[name], agreed, knob)
+
+
+def needs_source(name: str) -> bool:
+    """Whether a strategy is made from another arm's passes."""
+    return any(each.name == "source" for each in dataclasses.fields(STRATEGIES[name]))
+
+
+def make_strategy(
+    name: str, knobs: Mapping[str, Any], seed: int, source: Sequence[int] = ()
+) -> BaseTrainingStrategy:
+    """Build a strategy.
 
     Args:
         name: A key of ``STRATEGIES``.
-        knobs: The flags of the strategy group.
+        knobs: Values by name; those that it has none of are left out, None is its own default.
         seed: For a strategy that draws random numbers.
-        source: Passes of each batch of the arm that a control is made from; only where ``needs_source``.
+        source: Passes of each batch of the arm that a control is made from.
     """
-    kind, most = STRATEGIES[name], knobs.max_repeats
-    by_threshold = {"threshold": knobs.loss_threshold, "max_repeats": most or MAX_REPEATS}
-    settings: dict[str, dict[str, Any]] = {
-        "abr": by_threshold,
-        "learnable": {"max_repeats": min(most or MAX_REPEATS, MAX_REPEATS), "probe_rate": knobs.probe_rate, "seed": seed},
-        "window": {"window_size": knobs.window_size, "threshold": knobs.loss_threshold, "max_repeats": most or 1},
-        "fixed": {"passes": most or 2},
-        "selective": {"seed": seed},
-        **dict.fromkeys(("inverse", "excess", "scaled_lr", "weighted", "spaced"), by_threshold),
-    }
-    if kind.needs_source:
-        return kind(source=source or [], seed=seed)  # pyright: ignore[reportCallIssue]
-    return kind(**settings.get(name, {}))
+    kind = STRATEGIES[name]
+    given = {**knobs, "seed": seed, "source": source}
+    taken = [each.name for each in dataclasses.fields(kind) if each.init]
+    return kind(**{each: given[each] for each in taken if given.get(each) is not None})

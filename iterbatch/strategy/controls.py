@@ -1,55 +1,68 @@
 """Controls and rivals: arms that exist to rule out another explanation of what adaptive repetition gains.
 
-Each keeps everything of ABR but one thing. What a control needs beyond passes and repeats is a priced verb of ``step``.
+Each keeps everything of ABR but one thing. What a control needs beyond passes and repeats is a priced verb of
+:class:`iterbatch.strategy.base.ControlStep`.
 """
+# pyright: reportIncompatibleMethodOverride=false
+# Controls ask for a ControlStep, which is more than a Step: they run in the bench, not in anyone
+# else's trainer.
+
+from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
-from iterbatch.data.data_loader import Batch
+from iterbatch.config import Knob
 from iterbatch.errors import RunError
-from iterbatch.records.record import BatchRecord
-from iterbatch.strategy.scheduler import MAX_REPEATS
-from iterbatch.strategy.base import BaseTrainingStrategy, Step
-from iterbatch.strategy.original import ABRStrategy, abr_repeats
+from iterbatch.strategy.base import BaseTrainingStrategy, ControlStep, make_repeats
+from iterbatch.strategy.original import ABRStrategy
+
+if TYPE_CHECKING:
+    from iterbatch.data.batch import Batch
+    from iterbatch.records.record import BatchRecord
 
 RECENT = 64  # batches whose losses a rank is taken among
 FEWEST = 8  # of them, before there is one
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Does adaptivity matter?
 
 
+@dataclass(eq=False)
 class FixedStrategy(BaseTrainingStrategy):
-    """Every batch ``passes`` times."""
+    """Every batch ``max_repeats`` times."""
 
-    def __init__(self, passes: int) -> None:
-        self.passes = passes
+    summary: ClassVar[str] = "every batch as often"
+    question: ClassVar[str] = "Does ABR beat the same number of passes for every batch?"
+
+    max_repeats: Annotated[int, Knob("all its passes", at_least=1)] = 2
 
     def repeats(self, initial_loss: float) -> int:
         """Always the same."""
-        return self.passes
+        return self.max_repeats
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Does the loss signal matter?
 
 
+@dataclass(eq=False)
 class _FromSource(BaseTrainingStrategy):
     """Made from the passes that each batch of a finished arm got."""
 
-    needs_source: ClassVar[bool] = True
+    source: Sequence[int] = ()
+    seed: int = 0
 
-    def __init__(self, source: Sequence[int], seed: int) -> None:
-        if not source:
+    def __post_init__(self) -> None:
+        if not self.source:
             raise RunError("the arm that a control is made from has no batches")
-        self.source = np.asarray(source)
-        self.mean = float(self.source.mean())
-        self.random = np.random.default_rng([seed, 3])
+        self.mean = float(np.mean(self.source))
+        self.random = np.random.default_rng([self.seed, 3])
 
     def state_dict(self) -> dict[str, Any]:
         """The random state."""
@@ -60,12 +73,17 @@ class _FromSource(BaseTrainingStrategy):
         self.random.bit_generator.state = state["random"]
 
 
+@dataclass(eq=False)
 class PermutedStrategy(_FromSource):
-    """The source's own run of k, shuffled over batches: all of ABR but the link between a batch's loss and its repeats."""
+    """The source's own run of k, shuffled over batches.
 
-    def __init__(self, source: Sequence[int], seed: int) -> None:
-        super().__init__(source, seed)
-        self.left: list[int] = []
+    All of ABR but the link between a batch's loss and its repeats.
+    """
+
+    summary: ClassVar[str] = "ABR's own run of k, shuffled over batches"
+    question: ClassVar[str] = "Does the loss signal matter (which batches are repeated, and when)?"
+
+    left: list[int] = field(default_factory=list, init=False)
 
     def repeats(self, initial_loss: float) -> int:
         """The next of the shuffled run; a longer arm shuffles it anew."""
@@ -83,12 +101,16 @@ class PermutedStrategy(_FromSource):
         self.left = list(state["left"])
 
 
+@dataclass(eq=False)
 class RandomStrategy(_FromSource):
     """Each batch's k drawn from the source's histogram."""
 
+    summary: ClassVar[str] = "k drawn from the histogram of ABR's"
+    question: ClassVar[str] = "Does it matter, against draws from the same histogram?"
+
     def repeats(self, initial_loss: float) -> int:
         """A draw."""
-        return int(self.random.choice(self.source))
+        return int(self.random.choice(np.asarray(self.source)))
 
 
 def loss_of_rank(value: float, values: Sequence[float], losses: Sequence[float]) -> float:
@@ -105,20 +127,28 @@ def loss_of_rank(value: float, values: Sequence[float], losses: Sequence[float])
     return sorted(losses)[min(rank, len(losses) - 1)]
 
 
-class InverseStrategy(BaseTrainingStrategy):
+def _recent() -> deque[float]:
+    return deque(maxlen=RECENT)
+
+
+@dataclass(eq=False)
+class InverseStrategy(ABRStrategy):
     """ABR upside down: the lowest of the recent losses is treated as ABR treats the highest."""
 
-    def __init__(self, threshold: float = 2.0, max_repeats: int = MAX_REPEATS) -> None:
-        self.threshold, self.max_repeats = threshold, max_repeats
-        self.losses: deque[float] = deque(maxlen=RECENT)
+    summary: ClassVar[str] = "ABR upside down: repeats where the loss is low"
+    question: ClassVar[str] = "Is it high-loss batches that deserve repeats?"
+    rival: ClassVar[str] = ""
+
+    losses: deque[float] = field(default_factory=_recent, init=False)
 
     def repeats(self, initial_loss: float) -> int:
         """ABR's answer for the loss of the opposite rank; by its own loss while there are few."""
         self.losses.append(initial_loss)
         if len(self.losses) < FEWEST:
-            return abr_repeats(initial_loss, self.threshold, self.max_repeats)
-        mirrored = loss_of_rank(-initial_loss, [-loss for loss in self.losses], self.losses)
-        return abr_repeats(mirrored, self.threshold, self.max_repeats)
+            return super().repeats(initial_loss)
+        return super().repeats(
+            loss_of_rank(-initial_loss, [-loss for loss in self.losses], list(self.losses))
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The recent losses."""
@@ -129,15 +159,21 @@ class InverseStrategy(BaseTrainingStrategy):
         self.losses = deque(state["losses"], maxlen=RECENT)
 
 
-class ExcessStrategy(BaseTrainingStrategy):
-    """ABR on what a batch's loss has above the frozen base's loss on it: difficulty that the base shares is taken off."""
+@dataclass(eq=False)
+class ExcessStrategy(ABRStrategy):
+    """ABR on what a batch's loss has above the frozen base's loss on it.
 
-    def __init__(self, threshold: float = 2.0, max_repeats: int = MAX_REPEATS) -> None:
-        self.threshold, self.max_repeats = threshold, max_repeats
-        self.losses: deque[float] = deque(maxlen=RECENT)
-        self.excesses: deque[float] = deque(maxlen=RECENT)
+    Difficulty that the base shares is taken off.
+    """
 
-    def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
+    summary: ClassVar[str] = "ABR on what a batch's loss has above the untrained base's"
+    question: ClassVar[str] = "Is difficulty beyond the base's a better signal than difficulty?"
+    rival: ClassVar[str] = "abr"
+
+    losses: deque[float] = field(default_factory=_recent, init=False)
+    excesses: deque[float] = field(default_factory=_recent, init=False)
+
+    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
         """As every strategy, with the base's loss asked for after the fresh pass."""
         losses = [step(batch)]
         planned = 1
@@ -145,15 +181,14 @@ class ExcessStrategy(BaseTrainingStrategy):
             self.losses.append(losses[0])
             self.excesses.append(excess)
             planned = self.repeats(losses[0])
-        while len(losses) < planned and math.isfinite(losses[-1]) and step.affords_repeat():
-            losses.append(step.again())
+        make_repeats(step, losses, planned)
         return step.record(losses, planned)
 
     def repeats(self, initial_loss: float) -> int:
         """ABR's answer for the loss that ranks as the last excess does."""
         if len(self.losses) >= FEWEST:
-            initial_loss = loss_of_rank(self.excesses[-1], self.excesses, self.losses)
-        return abr_repeats(initial_loss, self.threshold, self.max_repeats)
+            initial_loss = loss_of_rank(self.excesses[-1], list(self.excesses), list(self.losses))
+        return super().repeats(initial_loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Recent losses and excesses."""
@@ -161,46 +196,62 @@ class ExcessStrategy(BaseTrainingStrategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take both over."""
-        self.losses, self.excesses = deque(state["losses"], maxlen=RECENT), deque(state["excesses"], maxlen=RECENT)
+        self.losses, self.excesses = (
+            deque(state["losses"], maxlen=RECENT),
+            deque(state["excesses"], maxlen=RECENT),
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Was it only the learning rate, or only a weight?
 
 
+@dataclass(eq=False)
 class ScaledLRStrategy(ABRStrategy):
     """One pass, at the learning rate times the k that ABR would give."""
 
-    def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
+    summary: ClassVar[str] = "one pass at k times the learning rate"
+    question: ClassVar[str] = "Is it more than a larger learning rate on the same batches?"
+    rival: ClassVar[str] = ""
+
+    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
         """The fresh pass alone."""
         return step.record([step.scaled(batch, self.repeats)], 1)
 
 
+@dataclass(eq=False)
 class HigherLRStrategy(_FromSource):
     """One pass, at the learning rate times the source's mean k."""
+
+    summary: ClassVar[str] = "one pass at mean k times the learning rate"
+    question: ClassVar[str] = "Is it more than a larger learning rate everywhere?"
 
     def repeats(self, initial_loss: float) -> int:
         """Always 1."""
         return 1
 
-    def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
+    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
         """The fresh pass alone."""
         return step.record([step.scaled(batch, lambda loss: self.mean)], 1)
 
 
+@dataclass(eq=False)
 class WeightedStrategy(ABRStrategy):
     """One pass, its loss weighted by the k that ABR would give over the mean of those so far."""
 
-    def __init__(self, threshold: float = 2.0, max_repeats: int = MAX_REPEATS) -> None:
-        super().__init__(threshold, max_repeats)
-        self.total, self.count = 0, 0
+    summary: ClassVar[str] = "one pass with the loss weighted by k over mean k"
+    question: ClassVar[str] = "Is it more than a weight on the loss?"
+    rival: ClassVar[str] = ""
+
+    total: int = field(default=0, init=False)
+    count: int = field(default=0, init=False)
 
     def weight(self, initial_loss: float) -> float:
         """K over the mean k, this batch included."""
         k = self.repeats(initial_loss)
         return k * (self.count + 1) / (self.total + k)
 
-    def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
+    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
         """The fresh pass alone."""
         loss = step.weighted(batch, self.weight)
         if math.isfinite(loss):
@@ -216,20 +267,28 @@ class WeightedStrategy(ABRStrategy):
         self.total, self.count = state["total"], state["count"]
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Does immediacy matter? Do more, smaller updates on fresh text do as well?
 
 
+@dataclass(eq=False)
 class SpacedStrategy(ABRStrategy):
-    """ABR's repeats of a batch, spread over later batches: one every ``GAP`` batches, from a ring buffer of the ``HELD`` last ones."""
+    """ABR's repeats of a batch, spread over later batches.
 
-    GAP, HELD = 8, 64
+    One every ``GAP`` batches, from a ring buffer of the ``HELD`` last ones.
+    """
 
-    def __init__(self, threshold: float = 2.0, max_repeats: int = MAX_REPEATS) -> None:
-        super().__init__(threshold, max_repeats)
-        self.waiting: list[tuple[int, int, int]] = []  # batches until it is due, the name it is held under, passes left
+    GAP: ClassVar[int] = 8
+    HELD: ClassVar[int] = 64
 
-    def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
+    summary: ClassVar[str] = "ABR's repeats, spread over later batches"
+    question: ClassVar[str] = "Does immediacy matter, against the same passes later?"
+    rival: ClassVar[str] = ""
+
+    # Batches until it is due, the name it is held under, passes left.
+    waiting: list[tuple[int, int, int]] = field(default_factory=list, init=False)
+
+    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
         """The fresh pass, then one pass on each batch that is due."""
         loss = step(batch)
         planned = self.repeats(loss) if math.isfinite(loss) else 1
@@ -256,18 +315,20 @@ class SpacedStrategy(ABRStrategy):
         self.waiting = [(due, held, left) for due, held, left in state["waiting"]]
 
 
+@dataclass(eq=False)
 class SmallBatchesStrategy(_FromSource):
-    """As many updates as the source makes, each on fresh text: a batch is cut into mean k parts, on average."""
+    """As many updates as the source makes, each on fresh text: a batch is cut into mean k parts."""
 
-    def __init__(self, source: Sequence[int], seed: int) -> None:
-        super().__init__(source, seed)
-        self.owed = 0.0  # parts not made yet, below 1
+    summary: ClassVar[str] = "no repeats: batches cut into mean k parts"
+    question: ClassVar[str] = "Is it more than many small updates on fresh text?"
+
+    owed: float = field(default=0.0, init=False)  # parts not made yet, below 1
 
     def repeats(self, initial_loss: float) -> int:
         """Every row once."""
         return 1
 
-    def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
+    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
         """One pass on each part. The initial loss is that of the parts, each before its own update."""
         self.owed += self.mean
         parts = max(1, min(int(self.owed), batch.rows))
@@ -287,27 +348,36 @@ class SmallBatchesStrategy(_FromSource):
         self.owed = state["owed"]
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A rival
 
 
+@dataclass(eq=False)
 class SelectiveStrategy(BaseTrainingStrategy):
-    """Selective Backprop, a batch at a time: a forward on every batch, an update with a chance that rises with its loss's rank.
+    """Selective Backprop, a batch at a time.
 
-    Source: Jiang et al. 2019, arXiv 1910.00762, with beta = 1; there examples are chosen, and gathered into full batches.
+    A forward on every batch, an update with a chance that rises with its loss's rank.
+
+    Source: Jiang et al. 2019, arXiv 1910.00762, with beta = 1; there examples are chosen, and
+    gathered into full batches.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.losses: deque[float] = deque(maxlen=RECENT)
-        self.random = np.random.default_rng([seed, 4])
+    summary: ClassVar[str] = "a forward on every batch, an update where its loss ranks high"
+    question: ClassVar[str] = "Does it beat choosing batches by their loss?"
+
+    seed: int = 0
+    losses: deque[float] = field(default_factory=_recent, init=False)
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng([self.seed, 4])
 
     def repeats(self, initial_loss: float) -> int:
-        """1 for a batch that is trained, 0 for one that is not: with the share of recent losses below its own as its chance."""
+        """1 for a batch that is trained, else 0; its chance is the share of recent losses below its own."""
         self.losses.append(initial_loss)
         below = sum(loss < initial_loss for loss in self.losses)
         return int(len(self.losses) < FEWEST or self.random.random() * (len(self.losses) - 1) < below)
 
-    def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
+    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
         """A forward, then the fresh pass or none."""
         loss = step.forward(batch)
         if math.isfinite(loss) and not self.repeats(loss):

@@ -1,7 +1,8 @@
-"""The scheduler that learns: a small network of expected gains, and the rule that stops repeating when a pass is not worth its price.
+"""The scheduler that learns: a small network of expected gains, and the rule that stops repeating.
 
-What lives here: ``SchedulerLLaMA``, the stopping rule, and the learner that feeds one into the other. What does not: batches and probes, which
-are the strategy's (:class:`iterbatch.strategy.LearnableSchedulingStrategy`).
+What lives here: ``SchedulerLLaMA``, the stopping rule, and the learner that feeds one into the
+other. What does not: batches and probes, which are the strategy's
+(:class:`iterbatch.strategy.LearnableSchedulingStrategy`).
 """
 
 import math
@@ -23,8 +24,8 @@ RECENT = 256  # batches that the features are standardised over
 def stopping_rule(gains_lower: Sequence[float], rate: float, price_ratio: float) -> int:
     """Passes to make: go on while the next pass's gain, taken low, beats what its price would buy elsewhere.
 
-    ``k = max { k : m_j > lambda * rho for all 2 <= j <= k }``, where a fresh pass costs 1 and a repeat rho. With rho = 1 and gains that do not
-    rise with j this is 1.
+    ``k = max { k : m_j > lambda * rho for all 2 <= j <= k }``, where a fresh pass costs 1 and a
+    repeat rho. With rho = 1 and gains that do not rise with j this is 1.
 
     Args:
         gains_lower: Lower bound of the held-out gain m_j of pass j = 1, 2, ...
@@ -40,9 +41,10 @@ def stopping_rule(gains_lower: Sequence[float], rate: float, price_ratio: float)
 
 
 class SchedulerLLaMA(nn.Module):
-    """A fully connected net from (initial loss, perplexity), both standardised, to the expected gain of each pass.
+    """A fully connected net from standardised initial loss and perplexity to each pass's expected gain.
 
-    The number of repeats follows from the gains by :func:`stopping_rule`, so the output lies within 1 and ``max_repeats`` by construction.
+    The number of repeats follows from the gains by :func:`stopping_rule`, so the output lies within
+    1 and ``max_repeats`` by construction.
     """
 
     def __init__(self, max_repeats: int = MAX_REPEATS, hidden: int = 16) -> None:
@@ -60,7 +62,10 @@ class SchedulerLLaMA(nn.Module):
 
 
 def standardise(value: float, recent: np.ndarray) -> float:
-    """Distance from the mean of recent values in their standard deviations, within +-5; 0 before there is a spread."""
+    """Distance from the mean of recent values in their standard deviations, within +-5.
+
+    0 before there is a spread.
+    """
     deviation = float(recent.std()) if len(recent) > 1 else 0.0
     return float(np.clip((value - recent.mean()) / deviation, -CLIP_Z, CLIP_Z)) if deviation > 0 else 0.0
 
@@ -68,10 +73,12 @@ def standardise(value: float, recent: np.ndarray) -> float:
 class GainLearner:
     """Learns the gain of each pass from probes, and decides.
 
-    ``D`` is the drop of the next fresh batch's loss that one pass brought, over the learning rate it was made with; its mean is the gain m_k of
-    that pass. The network regresses D on the batch's features, for the pass that was probed only. lambda follows the gains and costs of the
-    passes made. Only probed batches explore: by a Thompson draw from the gains' uncertainty, and at random often at first, never less than one time
-    in twenty. All other batches use the gains' lower bounds, so that without evidence every batch is trained once.
+    ``D`` is the drop of the next fresh batch's loss that one pass brought, over the learning rate
+    it was made with; its mean is the gain m_k of that pass. The network regresses D on the batch's
+    features, for the pass that was probed only. lambda follows the gains and costs of the passes
+    made. Only probed batches explore: by a Thompson draw from the gains' uncertainty, and at random
+    often at first, never less than one time in twenty. All other batches use the gains' lower
+    bounds, so that without evidence every batch is trained once.
     """
 
     def __init__(self, max_repeats: int = MAX_REPEATS, seed: int = 0) -> None:
@@ -85,7 +92,9 @@ class GainLearner:
         self.probes: deque[tuple[float, float, int, float]] = deque(maxlen=MEMORY)  # two features, passes, D
         self.seen = 0
         self.gain, self.cost = 0.0, 0.0  # discounted sums; lambda is their ratio
-        self._margin = np.full(max_repeats, np.inf)  # uncertainty of each gain, in D's unit; inf where hardly probed
+        self._margin = np.full(
+            max_repeats, np.inf
+        )  # uncertainty of each gain, in D's unit; inf where hardly probed
         self._scale = 1.0  # root mean square of D
 
     def features(self, loss: float) -> tuple[float, float]:
@@ -118,7 +127,7 @@ class GainLearner:
 
     @property
     def exploration(self) -> float:
-        """Share of probed batches whose passes are drawn at random: from 0.5, halved after 50 probes, floor 0.05."""
+        """Share of probed batches with random passes: from 0.5, halved after 50 probes, floor 0.05."""
         return max(0.05, 0.5 / (1 + self.seen / 50))
 
     def gains(self, loss: float) -> np.ndarray:
@@ -148,7 +157,8 @@ class GainLearner:
             residual = target - self.network(inputs).gather(1, picked[:, None])[:, 0]
         spread = float(residual.square().mean().sqrt()) * self._scale
         counts = np.bincount(picked.numpy(), minlength=self.max_repeats)
-        # A batch away from the mean is known less well than the mean: 1.5 standard errors of the mean stand for both.
+        # A batch away from the mean is known less well than the mean: 1.5 standard errors of the mean
+        # stand for both.
         self._margin = np.where(counts >= ENOUGH, 1.5 * spread / np.sqrt(np.maximum(counts, 1)), np.inf)
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,18 +169,22 @@ class GainLearner:
             "random": self.random.bit_generator.state,
             "recent": np.array(self.recent),  # arrays: a checkpoint may copy this state before every batch
             "probes": np.array(self.probes, dtype=np.float64).reshape(-1, 4),
-            "numbers": {"seen": self.seen, "gain": self.gain, "cost": self.cost, "_scale": self._scale},
+            "seen": self.seen,
+            "gain": self.gain,
+            "cost": self.cost,
+            "scale": self._scale,
             "margin": [margin if math.isfinite(margin) else None for margin in self._margin.tolist()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.bit_generator.state = state["random"]
         self.recent = deque(state["recent"].tolist(), maxlen=RECENT)
         self.probes = deque(((a, b, int(k), d) for a, b, k, d in state["probes"].tolist()), maxlen=MEMORY)
-        vars(self).update(state["numbers"])
+        self.seen, self.gain, self.cost = state["seen"], state["gain"], state["cost"]
+        self._scale = state["scale"]
         self._margin = np.array([math.inf if margin is None else margin for margin in state["margin"]])
 
 

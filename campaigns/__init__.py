@@ -1,0 +1,1 @@
+"""Campaigns: crashes, bad input, endurance. Long forms of what the tests do in short."""

@@ -1,0 +1,42 @@
+"""An arm: one strategy with its settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from iterbatch.checks import make_config
+from iterbatch.config import BenchConfig
+from iterbatch.strategy import REFERENCE, needs_source
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One strategy with its settings in a comparison."""
+
+    name: str  # of its folder
+    strategy: str  # a key of STRATEGIES
+    config: BenchConfig  # the cell's, with this arm's own learning rate and knobs
+    own: Mapping[str, Any] = field(default_factory=dict)  # what it sets for itself
+
+    @property
+    def source(self) -> str | None:
+        """The arm whose records it needs."""
+        return self.config.strategy.source if needs_source(self.strategy) else None
+
+
+def arms_of(config: BenchConfig) -> tuple[Arm, ...]:
+    """The arms of a run without a study: each strategy by its own name."""
+    return tuple(Arm(name, name, config) for name in config.strategy.strategies)
+
+
+def make_arm(name: str, own: Mapping[str, Any], config: BenchConfig) -> Arm:
+    """An arm with what it sets for itself.
+
+    Args:
+        name: Of the arm; also its strategy where it names no other.
+        own: ``strategy``, training settings and knobs, by flag.
+        config: Of its cell.
+    """
+    settings = {key: value for key, value in own.items() if key != "strategy"}
+    mine = make_config(**{**config.flat(), "strategies": [REFERENCE], **settings})
+    return Arm(name, own.get("strategy", name), mine, own)

@@ -1,0 +1,218 @@
+"""What the arms of a cell share: model, text, and what the untrained base scores and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iterbatch.bench.listener import Listener
+from iterbatch.bench.prepare import Plan, Prepared, make_plan, trackers
+from iterbatch.data.data_loader import order_digest, tokenizer_digest
+from iterbatch.errors import RunError
+from iterbatch.evaluation.generate import Sampling, generate, text_metrics
+from iterbatch.evaluation.perplexity import Score, score
+from iterbatch.model.cut import CutModel, compiled
+from iterbatch.model.load import PRECISION, load_model
+from iterbatch.model.lora import reset_adapter
+from iterbatch.records import layout
+from iterbatch.records.machine import environment
+from iterbatch.records.result import TextMetrics
+from iterbatch.records.write import write_json
+from iterbatch.reuse.run_stores import Reuse, open_reuse
+from iterbatch.runtime.interrupt import Interrupts
+from iterbatch.runtime.processes import make_accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+    from torch import nn
+
+PROMPT_TOKENS = 32
+TOGETHER = 64  # prompts continued at once
+OUT_OF_MEMORY = (
+    "out of memory. Records and the last checkpoint are kept: free memory and resume by --resume, or start "
+    "a new run "
+    "with a smaller --batch_size (and more --grad_accum), a smaller --max_length or --eval_batch_size, "
+    "--gradient_checkpointing, adapters on fewer layers (--lora_layers top:N), or --load_in 4bit"
+)
+
+Between = Callable[[], None]  # called where a run may be stopped
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was written to the fixed prompts, by decoding, and its metrics."""
+
+    texts: Mapping[str, list[str]]
+    metrics: TextMetrics
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``samples.json`` holds it."""
+        return {
+            decoding: {"texts": texts, **self.metrics[decoding]} for decoding, texts in self.texts.items()
+        }
+
+
+class Shared:
+    """Everything that the arms of a cell share, ready on the device.
+
+    Args:
+        prepared: Text and tokenizer.
+        plan: What a baseline arm does.
+        model: The PEFT model.
+        placed: The same weights as a :class:`iterbatch.model.cut.CutModel`, prepared by the accelerator.
+        reuse: Where prefix activations come from.
+        accelerator: Of the run.
+        interrupts: Say whether the run was asked to stop.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        plan: Plan,
+        model: PeftModel,
+        placed: nn.Module,
+        reuse: Reuse,
+        accelerator: Accelerator,
+        interrupts: Interrupts,
+    ) -> None:
+        self.prepared, self.plan, self.config = prepared, plan, prepared.config
+        self.model, self.placed, self.reuse = model, placed, reuse
+        self.accelerator, self.interrupts = accelerator, interrupts
+        # For scoring, where processes may do different numbers of forwards.
+        self.cut: CutModel = accelerator.unwrap_model(placed)
+        self.prompts, self.human = ([part[side] for part in _prompts(prepared)] for side in (0, 1))
+        reset_adapter(model, seed=0)  # a new adapter adds nothing, so this is the base itself
+        self.validation = self.score("validation", interrupts.check)
+        self.samples = self.sample(interrupts.check)
+
+    def score(self, split: str, between: Between) -> Score:
+        """Score a split with the model as it is; ``between`` is called between two groups of windows."""
+        tokenizer = self.prepared.base.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        several = self.accelerator.num_processes > 1  # they must stop at the same place
+        return score(
+            self.cut,
+            self.prepared.texts[split],
+            self.accelerator,
+            source=self.reuse.sources[split],
+            batch_size=self.config.training.eval_batch_size,
+            pad_id=int(pad),  # pyright: ignore[reportArgumentType] - an id, not a list of them
+            between=(lambda: None) if several else between,
+        )
+
+    def sample(self, between: Between) -> Sample:
+        """Continue the fixed prompts, greedy and sampled, and measure the text."""
+        tokenizer = self.prepared.base.tokenizer
+        texts, metrics = {}, {}
+        for decoding, greedy in (("greedy", True), ("sampled", False)):
+            if self.accelerator.num_processes == 1:
+                between()
+            tokens: list[list[int]] = []
+            for start in range(0, len(self.prompts), TOGETHER):
+                prompts, sampling = self.prompts[start : start + TOGETHER], Sampling(seed=start)
+                with self.accelerator.autocast():
+                    tokens += generate(self.model, prompts, tokenizer, sampling, greedy=greedy)
+            texts[decoding] = [str(tokenizer.decode(text)) for text in tokens]
+            metrics[decoding] = text_metrics(tokens)
+        return Sample(texts, metrics)
+
+
+def _prompts(prepared: Prepared) -> list[tuple[list[int], list[int]]]:
+    """Stretches of validation text, all of one length, each with what follows it there.
+
+    Openings of documents first, then places evenly spread.
+    """
+    wanted, new = prepared.config.training.prompts, Sampling().new_tokens
+    windows = [window.input_ids[1:].tolist() for window in prepared.texts["validation"].windows]
+    length = min(PROMPT_TOKENS, max(map(len, windows)) or 1, max(1, prepared.base.context - new))
+    openings = [(ids[:length], ids[length : length + new]) for ids in windows if len(ids) >= length]
+    if len(openings) >= wanted:
+        return openings[:wanted]
+    starts = [(ids, start) for ids in windows for start in range(0, len(ids) - length + 1, 2 * length)]
+    places = [
+        (ids[start : start + length], ids[start + length : start + length + new]) for ids, start in starts
+    ]
+    spread = min(wanted, len(places))
+    return [places[round(at * (len(places) - 1) / max(1, wanted - 1))] for at in range(spread)]
+
+
+@contextlib.contextmanager
+def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Shared]:
+    """Load the model, place it, open the stores, and write the manifest.
+
+    Raises:
+        RunError: where what is done with it runs out of memory.
+    """
+    config = prepared.config
+    model = load_model(prepared.base, config.model)
+    names = trackers(config.run.log_with)
+    accelerator = make_accelerator(PRECISION[prepared.base.dtype], names, run_dir, config.flat())
+    for message in prepared.corpus.notes:
+        listener.note(f"{prepared.corpus.source}: {message}")
+    # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients
+    # would then not be
+    # synchronised.
+    placed = accelerator.prepare_model(CutModel(model))
+    cut, shape = accelerator.unwrap_model(placed), (config.training.batch_size, config.max_length)
+    try:
+        with (
+            compiled(placed, accelerator, shape)
+            if config.speed.compile
+            else contextlib.nullcontext(0.0) as cold_start,
+            open_reuse(prepared.kept_texts, cut, accelerator.device, config.speed, listener.note) as reuse,
+            Interrupts() as interrupts,
+        ):
+            if cold_start:
+                listener.note(f"layers compiled in {cold_start:.0f} s, off every arm's clock")
+            plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
+            if accelerator.is_main_process and not (run_dir / layout.MANIFEST).exists():
+                content = {**_manifest(prepared, plan), "compile_seconds": cold_start}
+                write_json(run_dir / layout.MANIFEST, content)
+            listener.planned(plan, run_dir)
+            yield Shared(prepared, plan, model, placed, reuse, accelerator, interrupts)
+    except (MemoryError, RuntimeError) as problem:
+        if not _out_of_memory(problem):
+            raise
+        raise RunError(OUT_OF_MEMORY) from problem
+    finally:
+        if names:
+            accelerator.end_training()
+
+
+def _out_of_memory(problem: BaseException) -> bool:
+    """Torch has a class for it on GPUs only."""
+    words = str(problem).lower()
+    return isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words
+
+
+def _manifest(prepared: Prepared, plan: Plan) -> dict[str, Any]:
+    config, corpus = prepared.config, prepared.corpus
+    blocks, training = len(prepared.blocks), config.training
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **environment(),
+        "model": {
+            "name": config.model.model_name,
+            "type": prepared.base.config.model_type,
+            "dtype": prepared.base.dtype,
+            "tokenizer_sha256": tokenizer_digest(prepared.base.tokenizer),
+        },
+        "data": {
+            "source": Path(corpus.source).name if config.data.data_dir else corpus.source,
+            "licence": corpus.licence,
+            "sha256": corpus.digest(),
+            "documents": {split: len(documents) for split, documents in corpus.splits.items()},
+            "notes": corpus.notes,
+            "order_sha256": {
+                str(seed): order_digest(blocks, seed, training.epochs) for seed in training.seeds
+            },
+        },
+        "seeds": list(training.seeds),
+        "plan": dataclasses.asdict(plan),
+    }

@@ -1,0 +1,144 @@
+"""Checks of a configuration that need the registry of strategies; every problem is reported together."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iterbatch.config import BenchConfig, Every, StrategyConfig, range_problems
+from iterbatch.errors import ConfigError, did_you_mean
+from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source
+
+GROUPS: dict[str, Any] = {each.name: each.default_factory for each in dataclasses.fields(BenchConfig)}
+PATHS = ("data_dir", "save_dir", "resume", "config")
+LAYERS = r"all|top:[1-9]\d*|\d+-\d+"  # forms of --lora_layers
+
+
+def settings() -> dict[str, str]:
+    """Every flag's name to the name of its group."""
+    found = {each.name: group for group, kind in GROUPS.items() for each in dataclasses.fields(kind)}
+    del found["knobs"]
+    return found | dict.fromkeys(knobs(), "strategy")
+
+
+def strategy_config(values: Mapping[str, Any]) -> StrategyConfig:
+    """The strategy group from flags; knobs that are not named have their defaults."""
+    own = {name: value for name, value in values.items() if name in ("strategies", "source")}
+    given = {name: values.get(name, shared.default) for name, shared in knobs().items()}
+    return StrategyConfig(**own, knobs=given)
+
+
+def make_config(**values: Any) -> BenchConfig:
+    """Build and check a configuration from flag names, for use from Python.
+
+    Raises:
+        ConfigError: for an unknown knob or a value out of range.
+    """
+    known = settings()
+    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"unknown setting '{name}'{did_you_mean(name, known)}")
+        value = tuple(value) if isinstance(value, list) else value
+        groups[known[name]][name] = Path(value) if name in PATHS and isinstance(value, str) else value
+    strategy = strategy_config(groups.pop("strategy"))
+    config = BenchConfig(
+        strategy=strategy, **{group: GROUPS[group](**given) for group, given in groups.items()}
+    )
+    check(config)
+    return config
+
+
+def check(config: BenchConfig) -> None:
+    """Check all of a configuration.
+
+    Raises:
+        ConfigError: with one line a problem: what was given, what is allowed.
+    """
+    groups = (config.model, config.data, config.training, config.speed, config.run)
+    problems = [problem for group in groups for problem in range_problems(group)]
+    problems += [*_strategy_problems(config), *_budget_problems(config), *_run_problems(config)]
+    if not re.fullmatch(LAYERS, config.model.lora_layers):
+        given = config.model.lora_layers
+        problems.append(
+            f"--lora_layers is '{given}'; write 'all', 'top:N' or 'I-J', for example top:2 or 4-7"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _strategy_problems(config: BenchConfig) -> list[str]:
+    names, problems, shared = config.strategy.strategies, [], knobs()
+    for name, value in config.strategy.knobs.items():
+        if name not in shared:
+            problems.append(f"unknown setting '{name}'{did_you_mean(name, shared)}")
+        else:
+            problems += shared[name].knob.problems(name, value)
+    if not names:
+        problems.append("--strategies is empty; give at least one")
+    if len(set(names)) < len(names):
+        problems.append(f"--strategies names one twice: {' '.join(names)}")
+    problems += [unknown_strategy(name) for name in names if name not in STRATEGIES]
+    return problems + _source_problems(config)
+
+
+def unknown_strategy(name: str, where: str = "") -> str:
+    """What to say of a strategy that the registry has not."""
+    near = did_you_mean(name, STRATEGIES)
+    return f"unknown strategy '{name}'{where}; choose from {', '.join(STRATEGIES)}{near}"
+
+
+def _source_problems(config: BenchConfig) -> list[str]:
+    """Arms that come before those they are made from."""
+    source, problems = config.strategy.source, []
+    before: set[str] = set()
+    for name in config.strategy.strategies:
+        if name in STRATEGIES and needs_source(name) and source not in before:
+            problems.append(
+                f"'{name}' is made from the passes of --source '{source}', which does not come before it; "
+                f"add '{source}' in front"
+            )
+        before.add(name)
+    return problems
+
+
+def _budget_problems(config: BenchConfig) -> list[str]:
+    training, data, problems = config.training, config.data, []
+    if training.budget is not None and training.match == "epochs":
+        problems.append(
+            "--budget needs a unit: give --match flops, updates, tokens or seconds with it, or --epochs "
+            "without it"
+        )
+    if (
+        training.match == "seconds"
+        and training.budget is None
+        and config.strategy.strategies[:1] != (REFERENCE,)
+    ):
+        problems.append(
+            f"--match seconds gives every arm what the baseline took: let '{REFERENCE}' come first, "
+            "or give --budget in seconds"
+        )
+    tokens = data.max_train_tokens
+    if tokens is not None and 0 < tokens < config.max_length:
+        problems.append(
+            f"--max_train_tokens is {tokens}; it must be at least one block of --max_length "
+            f"{config.max_length}"
+        )
+    return problems
+
+
+def _run_problems(config: BenchConfig) -> list[str]:
+    run, problems = config.run, []
+    name = run.run_name
+    if name is not None and (name in ("", ".", "..") or re.search(r'[\\/:*?"<>|\x00-\x1f]', name)):
+        problems.append(
+            f"--run_name is '{name}'; it must be a plain folder name without any of \\ / : * ? \" < > |"
+        )
+    if run.resume and run.overwrite:
+        problems.append("--resume and --overwrite exclude each other; give one of them")
+    try:
+        Every(run.checkpoint_every)
+    except ValueError as problem:
+        problems.append(f"--checkpoint_every is {problem}")
+    return problems

@@ -1,0 +1,77 @@
+"""``iterbatch cache``."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from iterbatch.cli.command import Words
+from iterbatch.config import Knob
+from iterbatch.report.wording import plain
+
+if TYPE_CHECKING:
+    from iterbatch.reuse.store import StoreInfo
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Show or free the activations that --reuse epoch keeps on disk."""
+
+    action: Annotated[
+        tyro.conf.Positional[Literal["list", "clear"]],
+        Knob("list: what is there; clear: delete it, except what a run is using."),
+    ]
+    keys: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        Knob("clear only these, as list shows them; a beginning is enough."),
+    ] = ()
+
+    def execute(self, words: Words, console: Console) -> int:
+        """Print what is there, or what was freed."""
+        from iterbatch.reuse import store
+
+        if self.action == "list":
+            print_stores(console, store.list_stores())
+            return 0
+        deleted, left = store.clear_stores(self.keys)
+        freed = sum(each.gigabytes for each in deleted)
+        console.print(Text(f"{len(deleted)} store(s) deleted, {freed:.3f} GB freed"))
+        for each in left:
+            console.print(Text(f"{each.key} is in use, left alone"))
+        return 0
+
+
+def print_stores(console: Console, stores: "list[StoreInfo]") -> None:
+    """A row a store."""
+    from iterbatch.reuse.store import stores_folder
+
+    if not stores:
+        console.print(Text(f"No activations are kept in {stores_folder()}."))
+        return
+    table = Table(title=Text(str(stores_folder())))
+    for column in ("key", "model", "text", "frozen layers", "dtype", "stored", "GB", "in use"):
+        table.add_column(column, justify="right" if column in ("stored", "GB") else "left")
+    for each in stores:
+        header, key = each.header, each.header.get("key")
+        key = key if isinstance(key, dict) else {}
+        shown = [plain(str(header.get(name, "?"))) for name in ("model", "text")] + [
+            str(key.get(name, "?")) for name in ("cut", "dtype")
+        ]
+        cells = [
+            plain(each.key),
+            *shown,
+            f"{each.stored} of {plain(str(header.get('items', '?')))}",
+            f"{each.gigabytes:.3f}",
+            "yes" if each.in_use else "",
+        ]
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    console.print(
+        Text(
+            f"{sum(each.gigabytes for each in stores):.3f} GB in all. iterbatch cache clear [KEY ...] frees "
+            "it."
+        )
+    )

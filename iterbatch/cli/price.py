@@ -1,0 +1,96 @@
+"""``iterbatch price``."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from iterbatch.checks import check
+from iterbatch.cli.command import Words, check_ranges
+from iterbatch.config import BenchConfig, DataConfig, Knob, ModelConfig, TrainingConfig, knobs_of
+from iterbatch.flags import Group
+from iterbatch.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from iterbatch.bench.price import Placement
+
+
+@dataclass(frozen=True)
+class Price:
+    """Measure fresh pass, repeat, prefix and evaluation, and recommend a placement of the adapters.
+
+    On all, half, a quarter and two of the layers.
+    """
+
+    model: Group[ModelConfig] = field(default_factory=ModelConfig)
+    max_length: Annotated[int | None, knobs_of(DataConfig)["max_length"]] = None
+    batch_size: Annotated[int, knobs_of(TrainingConfig)["batch_size"]] = 4
+    grad_accum: Annotated[int, knobs_of(TrainingConfig)["grad_accum"]] = 1
+    seconds: Annotated[float, Knob("Time for the measurements; at least three rounds are made", above=0)] = (
+        60.0
+    )
+    json: Annotated[bool, Knob("Print JSON instead of a table.")] = False
+
+    def execute(self, words: Words, console: Console) -> int:
+        """Measure, and print the table."""
+        training = TrainingConfig(batch_size=self.batch_size, grad_accum=self.grad_accum)
+        config = BenchConfig(model=self.model, data=DataConfig(max_length=self.max_length), training=training)
+        check(config)
+        check_ranges(self)
+        quiet_libraries()
+        from iterbatch.bench.price import as_json, measure
+
+        if self.json:
+            content = as_json(measure(config, self.seconds), config)
+            sys.stdout.write(json.dumps(content, indent=2) + "\n")  # plain, for another program
+            return 0
+        with console.status("loading the model") as status:
+            measured = measure(config, self.seconds, status.update)
+        print_prices(console, measured, config)
+        return 0
+
+
+def print_prices(console: Console, measured: "Sequence[Placement]", config: BenchConfig) -> None:
+    """The table, and what it recommends."""
+    from iterbatch.bench.price import recommend
+
+    training = config.training
+    micro = f" x {training.grad_accum}" if training.grad_accum > 1 else ""
+    size = f"batch {training.batch_size}{micro} x {config.max_length}"
+    table = Table(title=f"Price of a pass, {size}, median of {measured[0].rounds} rounds")
+    for column in (
+        "--lora_layers",
+        "fresh ms",
+        "repeat ms",
+        "rho measured",
+        "rho in FLOPs",
+        "prefix ms",
+        "evaluation ms",
+        "peak MB",
+        "trained",
+    ):
+        table.add_column(column, justify="left" if column.startswith("--") else "right")
+    for each in measured:
+        times = [f"{value:,.1f}" for value in (each.fresh_ms, each.repeat_ms)]
+        ratios = [f"{value:.2f}" for value in (each.price_ratio_measured, each.price_ratio_flops)]
+        rest = [
+            f"{each.prefix_ms:,.1f}",
+            f"{each.evaluation_ms:,.1f}",
+            f"{each.peak_memory_mb:,.0f}",
+            f"{each.parameters:,}",
+        ]
+        table.add_row(each.lora_layers, *times, *ratios, *rest)
+    console.print(table)
+    chosen, reason = recommend(list(measured))
+    console.print(Text(f"Recommended: --lora_layers {chosen.lora_layers} ({reason})."))
+    console.print(
+        Text(
+            "Fewer adapted layers also learn less: compare perplexities at equal compute, with a higher "
+            "--lora_rank, before you settle."
+        )
+    )

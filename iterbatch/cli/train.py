@@ -1,0 +1,85 @@
+"""``iterbatch train``."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from iterbatch.cli.command import Words, exit_code
+from iterbatch.cli.progress import RichListener, plan_table
+from iterbatch.config import BenchConfig
+from iterbatch.flags import TrainFlags, parse_config
+from iterbatch.plain_yaml import dump_yaml
+from iterbatch.quiet import quiet_libraries
+from iterbatch.records import layout
+from iterbatch.report import summary
+from iterbatch.report.comparison import CellScores, read_cells
+from iterbatch.report.wording import plain
+
+
+@dataclass(frozen=True)
+class Train(TrainFlags):
+    """Train LLaMA + LoRA with every strategy and compare perplexity and cost.
+
+    Without any flag: four strategies on the bundled model and text, offline, in a few minutes on a laptop.
+    """
+
+    def execute(self, words: Words, console: Console) -> int:
+        """Train, and print the table."""
+        config = parse_config(words.arguments)
+        quiet_libraries()
+        return _plan(config, console) if config.run.dry_run else _train(config, console)
+
+
+def _plan(config: BenchConfig, console: Console) -> int:
+    from iterbatch.bench.prepare import plan
+
+    prepared, planned = plan(config)
+    console.print(Text(dump_yaml(config.flat())))
+    for note in prepared.corpus.notes:
+        console.print(Text(f"note: {plain(note)}"))
+    console.print(plan_table(planned, config))
+    return 0
+
+
+def _train(config: BenchConfig, console: Console) -> int:
+    from iterbatch.runtime.processes import is_main
+    from iterbatch.study.run import run
+
+    listener = RichListener(console, config) if is_main() else None  # of several processes one talks
+    try:
+        with listener or contextlib.nullcontext():
+            run_dir = run(config, listener)
+    except KeyboardInterrupt as stopped:
+        if listener is not None:
+            _say_how_to_resume(console, listener.run_dir)
+        return exit_code(stopped)
+    if listener is not None:
+        print_result(console, read_cells(run_dir)[0], run_dir)
+    return 0
+
+
+def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
+    """Table, what to keep in mind, the folder, and what to try next."""
+    table = Table(title="Result")
+    for column in summary.COLUMNS:
+        table.add_column(column, justify="left" if column == "strategy" else "right", overflow="fold")
+    for row in summary.rows(cell):
+        table.add_row(*(Text(plain(each)) for each in row))
+    console.print(table)
+    if (note := summary.hint(cell)) is not None:
+        console.print(Text(note))
+    begin = f"begin with {layout.REPORT} or {layout.SUMMARY_PAGE}"
+    console.print(Text(f"Records, adapters, samples and figures are in {run_dir} ({begin})."))
+    console.print(Text(f'Next: iterbatch generate {run_dir} --prompt "The with statement"'))
+
+
+def _say_how_to_resume(console: Console, run_dir: Path | None) -> None:
+    if run_dir is None:
+        console.print("Interrupted before the run began.")
+        return
+    how = f"Interrupted. To resume where it stopped:\n  iterbatch train --resume {run_dir}"
+    console.print(Text(how), soft_wrap=True)

@@ -1,0 +1,42 @@
+"""``iterbatch tune``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from iterbatch.cli.command import Words, check_ranges, exit_code, printer
+from iterbatch.config import Knob
+from iterbatch.quiet import quiet_libraries
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Find the learning rate of every arm of a study: as many trials for each, from the same range.
+
+    The same command resumes where it stopped. The values found are written into the study file,
+    which then says them for every arm.
+    """
+
+    study: Annotated[
+        tyro.conf.Positional[Path],
+        Knob("Study file (YAML); its section tune says trials, low, high and seed."),
+    ]
+    save_dir: Annotated[Path, Knob("Folder for the trials.")] = Path("results")
+    workers: Annotated[int, Knob("Processes, each training one trial at a time", at_least=1)] = 1
+
+    def execute(self, words: Words, console: Console) -> int:
+        """Make the trials that are missing, and say what was chosen."""
+        check_ranges(self)
+        quiet_libraries()
+        from iterbatch.study.tune import tune
+
+        try:
+            tune(self.study, self.save_dir, self.workers, printer(console))
+        except KeyboardInterrupt as stopped:
+            console.print(Text("Stopped. The same command resumes it."))
+            return exit_code(stopped)
+        return 0

@@ -1,0 +1,112 @@
+"""What a run was made on: versions, hardware, and the memory of this process."""
+
+import contextlib
+import math
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the git commit, for the manifest. No host name, user name or path."""
+    import torch
+
+    packages = ("iterbatch", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+    versions = {name: metadata.version(name) for name in packages if _installed(name)}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": gpus,
+        },
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return str(capabilities.get("cpu_name") or platform.processor() or "unknown")
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git_commit() -> str | None:
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+_PROC_STATUS = Path("/proc/self/status")
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak for :func:`peak_memory_mb`, where the system can.
+
+    Elsewhere it is the process's so far.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_mb() -> float:
+    """Peak memory in MB: of the accelerator where there is one, else resident in this process.
+
+    NaN where unknown.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    if _PROC_STATUS.exists():
+        line = next(
+            line for line in _PROC_STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+        )
+        return int(line.split()[1]) * 1024 / 1e6
+    try:
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 1e6
+    except ImportError:  # an extra
+        return _unix_peak_mb()
+
+
+def _unix_peak_mb() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,0 +1,69 @@
+"""Files written whole or not at all."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SCRATCH = ".part"  # how the names of files that are being written end
+
+
+@contextlib.contextmanager
+def whole_or_not(path: Path) -> Iterator[Path]:
+    """A neighbour to write to, a file or a folder.
+
+    It is on the disk and under its own name when the block ends, and gone when the block fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}{SCRATCH}")
+    try:
+        yield scratch
+        for file in [scratch, *scratch.rglob("*")] if scratch.is_dir() else [scratch]:
+            _sync(file)
+        if path.is_dir():  # no system replaces a folder that is not empty
+            shutil.rmtree(path)
+        os.replace(scratch, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() and os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed while writing have left."""
+    for scratch in folder.rglob(f".*{SCRATCH}"):
+        shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with whole_or_not(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all; a number that is not finite becomes null."""
+    write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: a float that is not finite becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value

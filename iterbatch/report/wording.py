@@ -1,0 +1,64 @@
+"""Words for numbers, and text made inert."""
+
+import html
+import math
+import re
+import statistics
+from collections.abc import Sequence
+
+from iterbatch.report.comparison import Comparison
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "∞"
+
+
+def signed(value: float) -> str:
+    """A difference of log perplexity."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return "-" if math.isnan(value) else f"{value:+.4f}"
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, with the standard deviation where there are several."""
+    if not values:
+        return "-"
+    more = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):,.{digits}f}{more}"
+
+
+def mean(values: Sequence[float]) -> float:
+    """Their mean; NaN where there is none."""
+    return statistics.fmean(values) if values else math.nan
+
+
+def interval_words(comparison: Comparison) -> str:
+    """An estimate with its interval, as text."""
+    if comparison.interval is None:
+        return signed(comparison.estimate)
+    low, high = signed(comparison.interval.low), signed(comparison.interval.high)
+    return f"{signed(comparison.estimate)} [{low}, {high}]"
+
+
+def percent(comparison: Comparison) -> str:
+    """What a difference of log perplexity means for perplexity."""
+    return f"{(math.exp(comparison.estimate) - 1) * 100:+.1f}%"
+
+
+def code(text: str) -> list[str]:
+    """An indented code block: Markdown and HTML in it stay text."""
+    return [f"    {line}" for line in plain(text).splitlines() or [""]]
+
+
+def markdown(text: str) -> str:
+    """A name as Markdown that shows it and does nothing else: no HTML, no links, no table cells."""
+    return re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(plain(text).replace("\n", " ")))
+
+
+def plain(text: str) -> str:
+    """Text without control characters (but for line breaks), so that it is inert in a terminal too."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", " ", text)

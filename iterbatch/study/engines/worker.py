@@ -1,0 +1,95 @@
+"""A worker process: ``python -m iterbatch.study.engines.worker RUN_DIR`` trains pairs until none is left."""
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from iterbatch.bench.listener import Listener
+from iterbatch.bench.prepare import prepare
+from iterbatch.errors import UserError
+from iterbatch.quiet import quiet_libraries
+from iterbatch.records import layout
+from iterbatch.records.write import write_json
+from iterbatch.runtime.interrupt import Stopped
+from iterbatch.study.engines.in_process import train_cell
+from iterbatch.study.pairs import Pair, pairs_of
+from iterbatch.study.study_folder import from_folder
+
+WAIT = 0.5  # seconds between two looks at the folder
+
+
+def work(run_dir: Path) -> None:
+    """Train pairs of a study until none is left that nobody else is training."""
+    study = from_folder(run_dir)
+    pairs = pairs_of(study, run_dir)
+    for cell in study.cells:
+        mine = [pair for pair in pairs if pair.cell.name == cell.name]
+        if all(pair.ended for pair in mine):
+            continue
+        with contextlib.closing(claim_in_turn(mine)) as claims:
+            folder, config = run_dir / cell.name, cell.config
+            for _ in train_cell(folder, claims, lambda config=config: prepare(config), Listener(), _fail):
+                pass
+
+
+def _fail(pair: Pair, problem: Exception) -> None:
+    """Whatever it is, the other pairs are trained."""
+    traceback.print_exception(problem)
+    known = isinstance(problem, UserError)
+    pair.fail(" ".join(str(problem).split()) if known else f"{type(problem).__name__}: {problem}")
+
+
+def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
+    """Pairs one at a time, each held against other workers until the next is asked for."""
+    parent = os.getppid()
+    while os.getppid() == parent:  # without one nobody records a crash
+        waiting = False
+        for pair in pairs:
+            if pair.ended:
+                continue
+            source = pair.waits_for(pairs)
+            if source is not None and not source.ended:
+                waiting = True
+                continue
+            with contextlib.ExitStack() as held:
+                try:
+                    held.enter_context(FileLock(claim_file(pair).with_suffix(".lock"), blocking=False))
+                except Timeout:
+                    continue
+                if pair.ended:
+                    continue
+                if claim_file(pair).exists():  # of a worker that crashed, whose end is still to be recorded
+                    waiting = True
+                    continue
+                if source is not None and source.broken:
+                    pair.fail(f"it is made from {source.name}, which failed")
+                    continue
+                write_json(claim_file(pair), {"pid": os.getpid()})
+                held.callback(claim_file(pair).unlink, missing_ok=True)
+                yield pair
+                break  # from the first pair again: what it waited for may be there now
+        else:
+            if not waiting:
+                return
+            time.sleep(WAIT)
+
+
+def claim_file(pair: Pair) -> Path:
+    """Says which process is training a pair."""
+    return pair.run_dir / layout.WORKERS / f"{pair.name.replace('/', '~')}.json"
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    try:
+        work(Path(sys.argv[1]))
+    except Stopped as stopped:
+        raise SystemExit(stopped.exit_code) from None
+    except UserError as problem:
+        raise SystemExit(f"error: {problem}") from None

@@ -1,0 +1,102 @@
+"""What a study leaves in its folder, for its workers and for being resumed."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from iterbatch.bench.arm import make_arm
+from iterbatch.checks import make_config
+from iterbatch.errors import ConfigError, RunError
+from iterbatch.plain_yaml import dump_yaml
+from iterbatch.records import layout
+from iterbatch.records.read import BAD_JSON, damaged_study, read_study
+from iterbatch.records.write import sweep, write_json, write_text
+from iterbatch.runtime.run_folder import RESUMABLE, empty, run_content
+from iterbatch.study.pairs import Cell, Study
+
+
+def as_json(study: Study) -> dict[str, Any]:
+    """The resolved study as its folder keeps it."""
+    cells = {
+        cell.name: {"config": cell.config.flat(), "arms": {arm.name: dict(arm.own) for arm in cell.arms}}
+        for cell in study.cells
+    }
+    return {"name": study.name, "cells": cells}
+
+
+def from_folder(run_dir: Path) -> Study:
+    """The study that a folder keeps.
+
+    Raises:
+        ConfigError: where it cannot be read.
+    """
+    content = read_study(run_dir)
+    try:
+        cells = []
+        for name, kept in content["cells"].items():
+            config = make_config(**kept["config"])
+            arms = tuple(make_arm(arm, own, config) for arm, own in kept["arms"].items())
+            cells.append(Cell(name, config, arms))
+        return Study(content["name"], tuple(cells))
+    except BAD_JSON as problem:
+        raise damaged_study(run_dir, problem) from problem
+
+
+def begin(study: Study, run_dir: Path, *, overwrite: bool = False, keep_arms: bool = False) -> None:
+    """Write a study into its folder, or check that it is the one that is there.
+
+    Args:
+        study: To be trained.
+        run_dir: Its folder, held by this process.
+        overwrite: Delete an earlier study.
+        keep_arms: Let arms that are there already and not in this study stay; they are not trained.
+
+    Raises:
+        RunError: where the folder holds something else.
+    """
+    file, content = run_dir / layout.STUDY, as_json(study)
+    if overwrite and file.exists():
+        empty(run_dir)
+    if file.exists():
+        before = as_json(from_folder(run_dir))
+        if keep_arms:
+            for name, cell in content["cells"].items():
+                cell["arms"] = before["cells"].get(name, cell)["arms"] | cell["arms"]
+        _check_same(run_dir, before, content)
+    elif run_content(run_dir):
+        raise RunError(f"{run_dir} exists already and is not a comparison; give another --run_name")
+    sweep(run_dir)
+    (run_dir / layout.WORKERS).mkdir(exist_ok=True)
+    write_json(file, content)
+    for cell in study.cells:
+        write_text(run_dir / cell.name / layout.CONFIG, dump_yaml(cell.config.flat()))
+
+
+def keep(study: Study, run_dir: Path) -> None:
+    """Write a run's study into its folder, with the arms that it was made with before."""
+    content = as_json(study)
+    with contextlib.suppress(ConfigError):  # an earlier version kept none; one that is damaged is of no use
+        for name, cell in read_study(run_dir)["cells"].items():
+            if name in content["cells"]:
+                content["cells"][name]["arms"] = cell["arms"] | content["cells"][name]["arms"]
+    write_json(run_dir / layout.STUDY, content)
+
+
+def _check_same(run_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"cell '{name}' is gone" for name in then["cells"] if name not in now["cells"]]
+    for name, cell in now["cells"].items():
+        before = then["cells"].get(name)
+        if before is None:
+            continue
+        where = f"cell '{name}', " if name else ""
+        old, new = before["config"], cell["config"]
+        settings = {key for key, value in new.items() if key not in RESUMABLE and old.get(key) != value}
+        changed += [f"{where}{key} was {old.get(key)}, now {new[key]}" for key in sorted(settings)]
+        changed += [
+            f"{where}arm '{arm}' was {own}, now {cell['arms'].get(arm, 'gone')}"
+            for arm, own in before["arms"].items()
+            if cell["arms"].get(arm) != own
+        ]
+    if changed:
+        advice = "Give another --run_name, or --overwrite"
+        raise RunError(f"{run_dir} was made with another study: {'; '.join(changed)}. {advice}")

@@ -1,0 +1,127 @@
+"""Several processes that share each batch train as one does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import iterbatch
+from campaigns.crashes import content
+from iterbatch.checks import make_config
+from iterbatch.config import LAST
+from iterbatch.errors import RunError
+from iterbatch.plain_yaml import dump_yaml
+from iterbatch.records.record import BatchRecord, read_records
+
+pytestmark = pytest.mark.slow
+
+STOPPING = """
+import sys
+from iterbatch.bench.train_arm import SavePoints
+from iterbatch.runtime.processes import rank
+from iterbatch.cli.main import main
+
+real, places = SavePoints.here, [0]
+
+def stopping(points):
+    places[0] += 1
+    if places[0] == 8 and rank() == 1:  # the process that does not write is told to stop
+        points.shared.interrupts.requested = 15
+    real(points)
+
+SavePoints.here = stopping
+raise SystemExit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def _two(*command):
+    """Run a script or module in two processes."""
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*launch, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
+@pytest.mark.parametrize(
+    "reuse",
+    [{}, {"lora_layers": "top:1", "reuse": "epoch", "epochs": 2, "match": "flops"}],
+    ids=["all layers", "reuse"],
+)
+def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reuse):
+    monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
+    shared = (
+        tiny
+        | reuse
+        | {
+            "strategies": ["abr", "learnable"],
+            "probe_rate": 1.0,
+            "grad_accum": 2,
+            "max_train_tokens": 704,
+            "save_dir": tmp_path,
+        }
+    )
+    one = iterbatch.run(make_config(**shared, batch_size=4, run_name="one"))
+    if reuse:  # the two processes fill a store of their own
+        shutil.rmtree(tmp_path / "cache" / "activations")
+    file = tmp_path / "two.yaml"
+    file.write_text(dump_yaml(make_config(**shared, batch_size=2).flat()), encoding="utf-8")
+    done = _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Result") == 1  # one process talks
+    for strategy in ("abr", "learnable"):
+        pairs = [
+            list(read_records(folder / strategy / "seed0" / "batches.jsonl", BatchRecord))
+            for folder in (one, tmp_path / "two")
+        ]
+        # 22 blocks, the last batch short: one process then has fewer rows than the other.
+        assert len(pairs[0]) == len(pairs[1]) >= 3
+        for first, second in zip(*pairs, strict=True):
+            assert second.losses == pytest.approx(first.losses, rel=1e-4)
+            assert second.gradient_norm == pytest.approx(first.gradient_norm, rel=1e-3)
+            assert (second.tokens, second.repeats_done) == (first.tokens, first.repeats_done)
+            assert second.flops == pytest.approx(first.flops)
+    if reuse:
+        rows = [
+            json.loads((folder / "summary.json").read_text(encoding="utf-8"))[0]
+            for folder in (one, tmp_path / "two")
+        ]
+        assert rows[0]["store_gb"] == rows[1]["store_gb"] > 0
+        assert rows[0]["flops_saved"] == pytest.approx(rows[1]["flops_saved"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
+def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
+    shared = tiny | {
+        "strategies": ["abr"],
+        "batch_size": 2,
+        "lora_layers": "top:1",
+        "lora_dropout": 0.1,
+        "loss_threshold": 3.0,
+        "save_dir": tmp_path,
+    }
+    file, script = tmp_path / "two.yaml", tmp_path / "stopping.py"
+    file.write_text(dump_yaml(make_config(**shared).flat()), encoding="utf-8")
+    script.write_text(STOPPING, encoding="utf-8")
+    assert (
+        _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "undisturbed").returncode == 0
+    )
+    stopped = _two(str(script), "--config", str(file), "--run_name", "disturbed")
+    assert "train --resume" in " ".join(stopped.stdout.split()), stopped.stderr[-2000:]
+    with pytest.raises(RunError, match="made by 2"):
+        iterbatch.run(make_config(**shared, run_name="disturbed", resume=LAST))
+    done = _two("-m", "iterbatch", "train", "--resume", str(tmp_path / "disturbed"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed after 8 passes" in done.stdout
+    expected, found = (content(tmp_path / name) for name in ("undisturbed", "disturbed"))
+    assert [name for name in expected if found.get(name) != expected[name]] == []

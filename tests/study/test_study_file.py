@@ -1,0 +1,192 @@
+"""Study files: what they may say, and what is said about one that is wrong."""
+
+from textwrap import dedent
+
+import pytest
+
+from iterbatch.cli.main import main
+from iterbatch.errors import ConfigError
+from iterbatch.study.study_file import load_study, study_of_flags
+from iterbatch.study.study_folder import as_json, from_folder
+
+GOOD = """\
+about: A study.
+settings:
+  dataset: wikitext
+  data_dir: ${PLACE}
+  max_train_tokens: 512
+  match: flops
+arms:
+  baseline:
+  abr: {loss_threshold: 1.5, lr: 1e-3}
+  twice: {strategy: fixed, max_repeats: 2}
+  permuted: {source: abr}
+tune: {trials: 2, low: 1e-4, high: 1e-2, arms: [baseline, abr]}
+cells:
+  small: {batch_size: 2}
+  large: {batch_size: 8, arms: {abr: {lr: 2e-3}}}
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    (tmp_path / "wiki.train.tokens").write_text(" = A = \n\n Some text . \n", encoding="utf-8")
+
+    def write(text):
+        file = tmp_path / "study.yaml"
+        file.write_text(dedent(text), encoding="utf-8")
+        return file
+
+    return write
+
+
+def test_a_study_is_read_whole(write):
+    study = load_study(write(GOOD))
+    small, large = study.cells
+    assert (small.name, small.config.training.batch_size, large.config.training.batch_size) == ("small", 2, 8)
+    assert [(arm.name, arm.strategy, arm.source) for arm in small.arms] == [
+        ("baseline", "baseline", None),
+        ("abr", "abr", None),
+        ("twice", "fixed", None),
+        ("permuted", "permuted", "abr"),
+    ]
+    assert small.arms[1].config.strategy.knobs["loss_threshold"] == 1.5
+    assert (small.arms[1].config.training.lr, large.arms[1].config.training.lr) == (
+        1e-3,
+        2e-3,
+    )  # a cell's own word counts
+    assert small.arms[2].config.strategy.knobs["max_repeats"] == 2
+    assert small.config.training.match == "flops"
+    assert (small.config.training.seeds, small.config.training.prompts) == (
+        (0, 1, 2),
+        200,
+    )  # where a comparison differs from a run
+    assert (study.tune["trials"], study.tune["low"], study.tune["arms"]) == (2, 1e-4, ["baseline", "abr"])
+
+
+def test_flags_override_the_file(write):
+    study = load_study(write(GOOD), ["--seeds", "7", "8", "--match", "updates"])
+    assert all(
+        cell.config.training.seeds == (7, 8) and cell.config.training.match == "updates"
+        for cell in study.cells
+    )
+
+
+def test_a_study_survives_its_folder(write, tmp_path):
+    from iterbatch.records.write import write_json
+
+    study = load_study(write(GOOD))
+    write_json(tmp_path / "study.json", as_json(study))
+    again = from_folder(tmp_path)
+    assert as_json(again) == as_json(study)
+    (tmp_path / "study.json").write_text('{"name": 1}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="is damaged"):
+        from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("abr: {loss", "abrr: {loss", ["line 9", "unknown strategy 'abrr'", "did you mean 'abr'"]),
+        (
+            "loss_threshold: 1.5",
+            "loss_treshold: 1.5",
+            ["line 9", "unknown setting of an arm 'loss_treshold'", "did you mean 'loss_threshold'"],
+        ),
+        ("match: flops", "match: flop", ["line 6", "unknown unit 'flop'", "did you mean 'flops'"]),
+        (
+            "max_train_tokens",
+            "max_train_tokns",
+            ["line 5", "unknown setting 'max_train_tokns'", "did you mean 'max_train_tokens'"],
+        ),
+        ("about:", "abuot:", ["line 1", "unknown section 'abuot'", "did you mean 'about'"]),
+        (
+            "source: abr",
+            "source: twicee",
+            ["line 11", "made from the passes of arm 'twicee'", "set source to one of baseline, abr, twice"],
+        ),
+        ("  permuted", "  abr", ["line 11", "'abr' is there twice"]),
+        ("  baseline:\n", "", ["no arm is called 'baseline'"]),
+        ("{abr: {lr", "{abrr: {lr", ["line 15", "unknown arm 'abrr'", "did you mean 'abr'"]),
+        (
+            "batch_size: 2",
+            "batch_sizes: 2",
+            ["line 14", "unknown setting 'batch_sizes'", "did you mean 'batch_size'"],
+        ),
+        ("small:", "../small:", ["line 14", "cannot be a folder's name"]),
+        ("trials: 2", "trials: none", ["line 12", "trials is 'none'"]),
+        ("trials: 2", "trails: 2", ["line 12", "unknown setting of tune 'trails'", "did you mean 'trials'"]),
+        ("low: 1e-4", "low: 1e-1", ["line 12", "must be below high"]),
+        (
+            "arms: [baseline, abr]",
+            "arms: [baseline, arb]",
+            ["line 12", "unknown arm 'arb' to tune", "did you mean 'abr'"],
+        ),
+        ("batch_size: 2", "batch_size: -2", ["line 14", "--batch_size is -2"]),
+        ("max_repeats: 2", "max_repeats: -2", ["line 10", "--max_repeats is -2"]),
+        ("${PLACE}", "${PLCAE}", ["the environment has no PLCAE"]),
+        ("arms:\n  baseline", "arms: 3\nold:\n  baseline", ["holds a int"]),
+        ("about: A study.", "about: [", ["is not valid YAML"]),
+        (
+            "{abr: {lr: 2e-3}}",
+            "{abr: {strategy: abrr}}",
+            ["line 15", "unknown strategy 'abrr'", "did you mean 'abr'"],
+        ),
+        (
+            "{abr: {lr: 2e-3}}",
+            "{permuted: {source: permuted}}",
+            ["line 15", "made from the passes of arm 'permuted', which is not above it"],
+        ),
+        (
+            "  baseline:\n",
+            "  baseline: {strategy: fixed}\n",
+            ["line 8", "arm 'baseline' has the strategy 'fixed'"],
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_what_would_be_right(write, capsys, old, new, expected):
+    assert old in GOOD
+    file = write(GOOD.replace(old, new, 1))
+    with pytest.raises(ConfigError) as raised:
+        load_study(file)
+    for part in expected:
+        assert part in str(raised.value)
+    assert main(["compare", str(file)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_all_mistakes_are_told_at_once(write):
+    with pytest.raises(ConfigError) as raised:
+        load_study(
+            write(
+                GOOD.replace("abr: {loss", "abrr: {loss")
+                .replace("match: flops", "match: hours")
+                .replace("about:", "abuot:")
+            )
+        )
+    assert str(raised.value).count("study.yaml, line") >= 3
+
+
+def test_a_study_is_found_however_it_is_written(write, tmp_path, monkeypatch, capsys):
+    write(GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "./study.yaml", "--workers", "2", "--dry_run"]) == 2
+    assert "too few to hold out validation and test" in " ".join(
+        capsys.readouterr().err.split()
+    )  # it was read, down to its text
+
+
+def test_a_study_that_is_not_there(tmp_path, capsys):
+    assert main(["compare", str(tmp_path / "none.yaml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_comparison_of_flags_needs_a_baseline_and_sources():
+    with pytest.raises(ConfigError, match="lacks 'baseline'"):
+        study_of_flags(["--strategies", "abr"])
+    with pytest.raises(ConfigError, match="'permuted' is made from the passes"):
+        study_of_flags(["--strategies", "baseline", "permuted"])
+    study = study_of_flags(["--strategies", "baseline", "abr", "permuted", "--seeds", "0"])
+    assert [arm.name for arm in study.cells[0].arms] == ["baseline", "abr", "permuted"]
+    assert study.cells[0].config.training.match == "flops"
