@@ -86,5 +86,4 @@ def head_nats(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     rows = chunk_rows(hidden.device.type, len(weight))
     flat = hidden.flatten(0, 1).to(weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        # Pyright: ignore[reportAttributeAccessIssue, reportReturnType].
         return _HeadNats.apply(flat, weight, labels.flatten(), min(rows, len(flat))).view(labels.shape)
