@@ -129,15 +129,6 @@ def test_readme_strategy_in_ten_lines_works():
         del STRATEGIES[name]
 
 
-def test_every_strategy_has_a_card():
-    from iterbatch.strategy import STRATEGIES
-
-    for name in STRATEGIES:
-        text = (ROOT / "docs" / "strategies" / f"{name}.md").read_text(encoding="utf-8")
-        for part in ("Idea", "Formula", "Cost", "Knobs", "Logged", "Failure", "Command", "Results"):
-            assert f"## {part}" in text, (name, part)
-
-
 def test_nothing_is_unpickled_and_printing_stays_at_the_command_line():
     for file in SOURCES:
         tree = ast.parse(file.read_text(encoding="utf-8"))
