@@ -45,8 +45,9 @@ from iterbatch.reuse.run_stores import open_reuse
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy.original import BaselineStrategy
 from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.charges import Account
 from iterbatch.training.loop import fit
-from iterbatch.training.passes import make_optimizer
+from iterbatch.training.passes import Passes, make_optimizer
 from iterbatch.training.step import StepSettings, TrainingStep
 
 EPOCHS, LENGTH, BATCH = 3, 256, 4
@@ -63,23 +64,6 @@ def empty_cache() -> Iterator[None]:
             yield
         finally:
             os.environ.pop("ITERBATCH_CACHE") if before is None else os.environ.update(ITERBATCH_CACHE=before)
-
-
-class Epochs:
-    """A watcher that adds up the seconds of each epoch."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[int, float] = {}
-
-    def batch_begins(self) -> None:
-        """Nothing to keep."""
-
-    def batch_done(self, record) -> None:
-        """Add."""
-        self.seconds[record.epoch] = self.seconds.get(record.epoch, 0.0) + record.seconds
-
-    def evaluate(self, fraction: float) -> None:
-        """Nothing to score here."""
 
 
 @dataclass
@@ -116,31 +100,17 @@ class Bed:
         self.cut.train()
         optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.model, config.lr, 0.0))
         batches = epochs * make_stream(self.prepared, 0, 0, 1).batches_per_epoch
-        ledger, allowance, watcher = Ledger(), Allowance("epochs", batches, batches), Epochs()
-        with open_reuse(self.prepared, self.cut, self.accelerator.device, print) as reuse:
-            source = reuse.sources["train"]
-            step = TrainingStep(
-                self.cut,
-                optimizer,
-                self.accelerator,
-                flop_model(self.model),
-                ledger,
-                allowance,
-                StepSettings(config.lr),
-                source,
-            )
-            fit(
-                BaselineStrategy(),
-                Prefetch(make_stream(self.prepared, 0, 0, 1), source),
-                step,
-                ledger,
-                allowance,
-                watcher,
-                evals=1,
-            )
+        account = Account(flop_model(self.model), Ledger(), Allowance("epochs", batches, batches))
+        passes, texts = Passes(self.cut, optimizer, self.accelerator, clip_norm=1.0), self.prepared.kept_texts
+        seconds: dict[int, float] = {}
+        with open_reuse(texts, self.cut, self.accelerator.device, config.speed, print) as reuse:
+            source, stream = reuse.sources["train"], make_stream(self.prepared, 0, 0, 1)
+            step = TrainingStep(passes, account, StepSettings(config.lr), source, stream.batch)
+            for record in fit(BaselineStrategy(), Prefetch(stream, source), step):
+                seconds[record.epoch] = seconds.get(record.epoch, 0.0) + record.seconds
             ppl = self.ppl()
         self.accelerator.free_memory()
-        return watcher.seconds, ppl
+        return seconds, ppl
 
     def ppl(self) -> float:
         """Validation perplexity of the model as it is."""

@@ -27,33 +27,18 @@ from iterbatch.model.cut import CutModel, compiled
 from iterbatch.model.flops import flop_model
 from iterbatch.model.load import PRECISION, load_base, load_model
 from iterbatch.model.lora import adapter_parameters, reset_adapter
+from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy import BaseTrainingStrategy
 from iterbatch.strategy.original import ABRStrategy, BaselineStrategy
 from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.charges import Account
 from iterbatch.training.loop import fit
-from iterbatch.training.passes import make_optimizer
+from iterbatch.training.passes import Passes, make_optimizer
 from iterbatch.training.step import StepSettings, TrainingStep
 
 BATCH, LENGTH, LR, WARM = 4, 256, 5e-3, 2
 COLD_STARTS: list[float] = []
-
-
-class Times:
-    """A watcher that keeps the seconds of each batch."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def batch_begins(self) -> None:
-        """Nothing to keep."""
-
-    def batch_done(self, record) -> None:
-        """Keep them."""
-        self.seconds.append(record.seconds)
-
-    def evaluate(self, fraction: float) -> None:
-        """Nothing to score here."""
 
 
 def ours(
@@ -62,11 +47,14 @@ def ours(
     """Seconds a batch of this project's loop."""
     reset_adapter(model, seed=0)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, LR, 0.0))
-    ledger, allowance, times = Ledger(), Allowance("epochs", batches + WARM, batches + WARM), Times()
-    step = TrainingStep(model, optimizer, accelerator, flops, ledger, allowance, StepSettings(LR))
-    fit(strategy, BatchStream(blocks, BATCH, 1, seed=0), step, ledger, allowance, times, evals=1)
+    account = Account(flops, Ledger(), Allowance("epochs", batches + WARM, batches + WARM))
+    source = PrefixSource(accelerator.unwrap_model(model), accelerator.device)
+    stream = BatchStream(blocks, BATCH, 1, seed=0)
+    passes = Passes(model, optimizer, accelerator, clip_norm=1.0)
+    step = TrainingStep(passes, account, StepSettings(LR), source, stream.batch)
+    seconds = [record.seconds for record in fit(strategy, stream, step)]
     accelerator.free_memory()
-    return sum(times.seconds[WARM:]) / batches
+    return sum(seconds[WARM:]) / batches
 
 
 def ours_compiled(model, flops, blocks: np.ndarray, accelerator, batches: int) -> float:

@@ -25,8 +25,9 @@ from iterbatch.records.machine import peak_memory_mb, reset_peak_memory
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.charges import Account
 from iterbatch.training.passes import Passes, make_optimizer
-from iterbatch.training.step import Account, StepSettings, TrainingStep
+from iterbatch.training.step import StepSettings, TrainingStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

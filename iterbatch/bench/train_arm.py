@@ -39,10 +39,11 @@ from iterbatch.runtime.interrupt import Stopped
 from iterbatch.runtime.processes import from_main
 from iterbatch.strategy import REFERENCE, BaseTrainingStrategy, make_strategy
 from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.charges import Account
 from iterbatch.training.health import Health
 from iterbatch.training.loop import fit
 from iterbatch.training.passes import Passes, make_optimizer
-from iterbatch.training.step import Account, StepSettings, TrainingStep
+from iterbatch.training.step import StepSettings, TrainingStep
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -7,19 +7,17 @@ What does not live here: how often a batch is repeated (:mod:`iterbatch.strategy
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from iterbatch.data.batch import Batch
-from iterbatch.model.flops import FlopModel, Shape
-from iterbatch.model.lora import blank_adapter, copy_adapter
+from iterbatch.model.lora import copy_adapter
 from iterbatch.records.record import BatchRecord
-from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.base_losses import BaseLosses
+from iterbatch.training.charges import Account, Charges
 from iterbatch.training.journal import Journal, Reading, Snapshot, journalled
 from iterbatch.training.open_batch import Bill, OpenBatch
 from iterbatch.training.passes import Pass, Passes, schedule
@@ -35,15 +33,6 @@ class StepSettings:
     lr: float  # peak learning rate
     warmup: float = 0.03  # share of the budget
     reuse: bool = True  # keep the prefix activations of a batch for its repeats
-
-
-@dataclass(frozen=True)
-class Account:
-    """What passes cost, what has been spent, and what may be."""
-
-    prices: FlopModel
-    ledger: Ledger
-    allowance: Allowance
 
 
 def _whole(batch: Batch, *_: Any) -> tuple[Batch, Batch]:
@@ -75,16 +64,16 @@ class TrainingStep:
         source: PrefixSource,
         batch_at: Callable[[int], Batch],
     ) -> None:
-        self.passes, self.account, self.settings = passes, account, settings
+        self.passes, self.settings = passes, settings
         self.ledger, self.allowance, self.prices = account.ledger, account.allowance, account.prices
         self.journal = Journal()
         self.after_pass: Callable[[], None] = lambda: None  # may be set: a checkpoint can be made there
         self.learning_rate = 0.0
         self._source, self._batch_at = source, batch_at
-        self._keeps = settings.reuse and source.model.cut > 0
+        self.charges = Charges(account, passes, keeps=settings.reuse and source.model.cut > 0)
+        self._base_losses = BaseLosses(passes, self.charges)
         self._gradient_norm = 0.0
         self._held: dict[int, OpenBatch] = {}  # by index: batches for later
-        self._base_nats: dict[int, float] = {}  # by block: nats under the base
         self._begun = (0.0, 0, 0.0)  # FLOPs, skipped updates and seconds when the current batch began
         self._revisited: list[int] = []  # while the current batch was
         self._batch = self._opened(Batch(()))
@@ -94,22 +83,22 @@ class TrainingStep:
     @journalled(opens=_whole, passes=True)
     def __call__(self, batch: Batch) -> float:
         """Fresh pass on a new batch, and its update. Returns the initial loss, mean nats a label token."""
-        return self._charge_fresh(self.passes.make(self._batch, self._rate()))
+        return self._fresh(self.passes.make(self._batch, self._rate()))
 
     @journalled(passes=True)
     def again(self) -> float:
         """A repeat on the same batch, and its update. Returns its loss before that update."""
-        return self._charge_repeat(self.passes.make(self._batch, self._rate()), self._batch)
+        return self.charges.repeat(self.passes.make(self._batch, self._rate()), self._batch)
 
     @journalled()
     def affords_repeat(self) -> bool:
         """Whether one more repeat fits into the budget."""
-        return self.allowance.affords(self.ledger, self._repeat_flops, self._batch.label_tokens)
+        return self.charges.affords_repeat(self._batch)
 
     @property
     def price_ratio(self) -> float:
         """Price ratio rho of the current batch: 1 where its fresh pass was given its prefix as well."""
-        return self._repeat_flops / (self.prices.repeat(self._shapes) + self._batch.bill.flops)
+        return self.charges.price_ratio(self._batch)
 
     @journalled()
     def snapshot(self) -> Snapshot:
@@ -161,7 +150,7 @@ class TrainingStep:
             self.learning_rate = rate * factor(loss)
             self.passes.take_rate(self.learning_rate)
 
-        return self._charge_fresh(self.passes.make(self._batch, rate, adjust))
+        return self._fresh(self.passes.make(self._batch, rate, adjust))
 
     @journalled(opens=_whole, passes=True)
     def weighted(self, batch: Batch, weight: Callable[[float], float]) -> float:
@@ -173,7 +162,7 @@ class TrainingStep:
         def adjust(loss: float) -> None:
             self.passes.weigh_gradient(weight(loss))
 
-        return self._charge_fresh(self.passes.make(self._batch, self._rate(), adjust))
+        return self._fresh(self.passes.make(self._batch, self._rate(), adjust))
 
     @journalled(opens=_part, passes=True)
     def part(self, batch: Batch, number: int, parts: int) -> float:
@@ -183,7 +172,7 @@ class TrainingStep:
         """
         with self.passes.shorter_memory(self._batch.label_tokens / self._batch.whole_tokens):
             made = self.passes.make(self._batch, self._rate())
-        return self._charge_fresh(made, counts=number == 0)
+        return self._fresh(made, counts=number == 0)
 
     @journalled(opens=_whole)
     def forward(self, batch: Batch) -> float:
@@ -204,7 +193,7 @@ class TrainingStep:
 
         Price: a forward of the adapted part, as a probe, the first time a block is met.
         """
-        return float(self.passes.total(self._base_nats_of_batch())) / self._batch.label_tokens
+        return self._base_losses.of(self._batch)
 
     def hold(self) -> int:
         """Keep the current batch, with its prefix activations, for later. Price: their memory."""
@@ -220,7 +209,7 @@ class TrainingStep:
     @journalled(passes=True)
     def _revisit(self, held: int) -> float:
         batch = self._held[held]
-        return self._charge_repeat(self.passes.make(batch, self._rate()), batch)
+        return self.charges.repeat(self.passes.make(batch, self._rate()), batch)
 
     def release(self, held: int) -> None:
         """Let a held batch go."""
@@ -251,8 +240,6 @@ class TrainingStep:
         """Whether all losses of the current batch, and its gradient, were finite."""
         return all(map(math.isfinite, self.journal.losses)) and math.isfinite(self._gradient_norm)
 
-    # -- what is charged -------------------------------------------------------------------------------------
-
     def _rate(self) -> float:
         """Learning rate of the coming pass: its place on the schedule, halved for each rollback."""
         fraction = self.allowance.schedule_fraction(self.ledger)
@@ -260,107 +247,16 @@ class TrainingStep:
         self.learning_rate = self.settings.lr * share
         return self.learning_rate
 
-    def _charge_fresh(self, made: Pass, *, counts: bool = True) -> float:
-        batch, ledger = self._batch, self.ledger
-        self._count(made, batch)
+    def _fresh(self, made: Pass, *, counts: bool = True) -> float:
         self._gradient_norm = made.gradient_norm
-        ledger.batches += counts
-        ledger.flops_fresh += self.prices.repeat(self._shapes) + self._charge_prefix(batch)
-        ledger.tokens_unique += batch.label_tokens if batch.batch.first_exposure else 0
-        return made.loss
-
-    def _charge_repeat(self, made: Pass, batch: OpenBatch) -> float:
-        ledger, shapes = self.ledger, batch.batch.shapes
-        self._count(made, batch)
-        ledger.flops_repeat += self.prices.repeat(shapes) + self._charge_prefix(batch)
-        if self._keeps:
-            ledger.flops_saved += self.prices.prefix.of(shapes)
-            ledger.seconds_saved += batch.bill.seconds
-        return made.loss
-
-    def _count(self, made: Pass, batch: OpenBatch) -> None:
-        ledger = self.ledger
-        ledger.tokens_trained += batch.label_tokens
-        ledger.updates += made.finite
-        ledger.skipped_updates += not made.finite
-        if not math.isfinite(made.loss):
-            ledger.nonfinite_losses += 1
-        elif not made.finite and self.passes.accelerator.scaler is None:
-            ledger.nonfinite_gradients += 1
-        elif not made.finite:
-            ledger.scaler_skips += 1
+        return self.charges.fresh(made, self._batch, counts=counts)
 
     def _probe(self, adapter: dict[str, Tensor] | None) -> float:
         """Loss of the current batch without gradients, under a given adapter or the one in training."""
         nats = self.passes.total(self.passes.score(self._batch, adapter).sum())
         loss = float(nats) / self._batch.label_tokens
-        self._charge_probe()
+        self.charges.probe(self._batch)
         return loss
-
-    def _charge_probe(self) -> None:
-        """Charge a forward of the current batch, and its prefix if it was fetched for it."""
-        prefix = self._charge_prefix(
-            self._batch
-        )  # due for the fresh pass anyway, unless that computes it once more
-        self.ledger.flops_fresh += prefix if self._keeps else 0.0
-        self.ledger.flops_probe += self.prices.forward(self._shapes) - self.prices.prefix.of(self._shapes)
-        self.ledger.flops_probe += 0.0 if self._keeps else prefix
-
-    def _base_nats_of_batch(self) -> Tensor:
-        """From the table of the base's nats a block, filled where it has none.
-
-        Rows without a block have no entry, and are scored each time.
-        """
-        batch = self._batch.batch
-        blocks = [block for micro in batch.micro_batches for block in micro.blocks or ()]
-        known = len(blocks) == batch.rows and all(block in self._base_nats for block in blocks)
-        if (
-            self.passes.totals(known)[0] == self.passes.accelerator.num_processes
-        ):  # all processes score, or none
-            nats = sum(self._base_nats[block] for block in blocks)
-            return torch.tensor(nats, device=self.passes.accelerator.device)
-        rows = self.passes.score(self._batch, blank_adapter(self.passes.model))
-        self._base_nats.update(zip(blocks, rows.tolist(), strict=False))
-        self._charge_probe()
-        return rows.sum()
-
-    def _charge_prefix(self, batch: OpenBatch) -> float:
-        """Charge what was fetched since the last charge, as if this arm ran alone; returns its FLOPs.
-
-        An arm pays for a block when it meets it first, computed or served: in FLOPs, and in the
-        seconds recorded when it was computed. Later it pays for what is computed. Called after a
-        loss has been read: the device is done.
-        """
-        fetched = batch.settle()
-        if fetched is None:
-            return 0.0
-        seconds_computed, receipts = fetched
-        computed, served, seconds_served = self.passes.totals(
-            sum(receipt.computed for receipt in receipts),
-            sum(receipt.served for receipt in receipts),
-            sum(receipt.seconds_served for receipt in receipts),
-        )
-        seconds_served /= self.passes.accelerator.num_processes  # they work side by side
-        shapes, prefix = batch.batch.shapes, self.prices.prefix
-        if batch.batch.first_exposure:
-            self.ledger.train_seconds += seconds_served
-            self.ledger.seconds_charged += seconds_served
-            flops = prefix.of(shapes)
-        else:
-            self.ledger.flops_saved += prefix.of([(int(served), shapes[0][1])])
-            self.ledger.seconds_saved += seconds_served
-            flops = prefix.of([(int(computed), shapes[0][1])])
-        batch.bill = Bill(flops, seconds_computed + seconds_served)
-        return flops
-
-    @property
-    def _shapes(self) -> Sequence[Shape]:
-        return self._batch.batch.shapes
-
-    @property
-    def _repeat_flops(self) -> float:
-        prefix = 0.0 if self._keeps else self.prices.prefix.of(self._shapes)
-        return self.prices.repeat(self._shapes) + prefix
 
     # -- what the journal asks for
     # ------------------------------------------------------------------------------
@@ -378,7 +274,7 @@ class TrainingStep:
     def _opened(self, batch: Batch) -> OpenBatch:
         tokens = int(self.passes.totals(batch.label_tokens)[0])
         device = self.passes.accelerator.device
-        return OpenBatch(batch, self._source, device, keeps=self._keeps, label_tokens=tokens)
+        return OpenBatch(batch, self._source, device, keeps=self.charges.keeps, label_tokens=tokens)
 
     @property
     def reading(self) -> Reading:
@@ -400,18 +296,20 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, Any]:
         """The answers about the current batch, what was spent before it, and the batches that are held."""
-        blocks = np.array(list(self._base_nats), dtype=np.int64)
-        base = {"blocks": blocks, "nats": np.array(list(self._base_nats.values()))}
         held = [[index, batch.bill.flops, batch.bill.seconds] for index, batch in self._held.items()]
-        return {"journal": self.journal.state_dict(), "begun": self._begun, "held": held, "base": base}
+        return {
+            "journal": self.journal.state_dict(),
+            "begun": self._begun,
+            "held": held,
+            "base": self._base_losses.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume in the middle of a batch, or at its beginning where nothing had been answered."""
         self.journal.load_state_dict(state["journal"])
         flops, skipped, seconds = state["begun"]
         self._begun = (flops, skipped, seconds)
-        base = state["base"]
-        self._base_nats = dict(zip(base["blocks"].tolist(), base["nats"].tolist(), strict=True))
+        self._base_losses.load_state_dict(state["base"])
         self._held = {}
         for index, flops, seconds in state["held"]:
             self._held[index] = self._opened(self._batch_at(index))

@@ -38,9 +38,9 @@ from iterbatch.runtime.checkpoint import (
 )
 from iterbatch.runtime.interrupt import Interrupts, Stopped
 from iterbatch.training.budget import Ledger
+from iterbatch.training.charges import Account, Charges
 from iterbatch.training.health import PATIENCE, Health
 from iterbatch.training.passes import Pass
-from iterbatch.training.step import TrainingStep
 
 STATE = {
     "tensors": [torch.arange(6).view(2, 3), torch.tensor(1.5, dtype=torch.bfloat16), torch.zeros(0)],
@@ -529,13 +529,14 @@ def test_an_exploding_loss_stops_the_arm(tiny, tmp_path, monkeypatch):
 
 
 def test_faults_are_told_apart():
-    step = SimpleNamespace(ledger=Ledger(), passes=SimpleNamespace(accelerator=SimpleNamespace(scaler=None)))
+    passes = SimpleNamespace(accelerator=SimpleNamespace(scaler=None))
+    charges = Charges(Account(None, Ledger(), None), passes, keeps=False)
     batch = SimpleNamespace(label_tokens=1)
     for made in (Pass(1.0, 1.0), Pass(math.nan, 1.0), Pass(1.0, math.inf)):
-        TrainingStep._count(step, made, batch)
-    step.passes.accelerator.scaler = object()
-    TrainingStep._count(step, Pass(1.0, math.inf), batch)
-    ledger = step.ledger
+        charges._count(made, batch)
+    passes.accelerator.scaler = object()
+    charges._count(Pass(1.0, math.inf), batch)
+    ledger = charges.ledger
     assert (ledger.updates, ledger.skipped_updates) == (1, 3)
     assert (ledger.nonfinite_losses, ledger.nonfinite_gradients, ledger.scaler_skips) == (1, 1, 1)
 

@@ -7,8 +7,9 @@ from iterbatch.model.flops import flop_model
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.charges import Account
 from iterbatch.training.passes import Passes, make_optimizer
-from iterbatch.training.step import Account, StepSettings, TrainingStep
+from iterbatch.training.step import StepSettings, TrainingStep
 
 LR = 0.01
 
