@@ -231,7 +231,8 @@ def seconds_a_block(action: Callable[[Any], Any], batches: list[Any]) -> float:
 def part_read(data: Path, rounds: int) -> None:
     for layers in ("top:4", "top:2"):
         bed, ratios, reads = Bed.make(data, layers), [], []
-        with empty_cache(), open_reuse(bed.prepared, bed.cut, bed.accelerator.device, print) as reuse:
+        texts, speed = bed.prepared.kept_texts, bed.prepared.config.speed
+        with empty_cache(), open_reuse(texts, bed.cut, bed.accelerator.device, speed, print) as reuse:
             source, stream = reuse.sources["train"], make_stream(bed.prepared, 0, 0, 1)
             batches = [next(stream).micro_batches[0] for _ in range(24)]
 
