@@ -417,13 +417,14 @@ def read_cells(run_dir: Path) -> list[CellScores]:
     """
     if not run_dir.is_dir():
         raise RunError(f"{run_dir} is not a folder; give the folder of a run or a comparison")
-    cells = [cell for cell in _cells(run_dir) if cell.reportable]
+    cells = [cell for cell in cells_of(run_dir) if cell.reportable]
     if not cells:
         raise RunError(f"{run_dir} has no finished arm; there is nothing to report yet")
     return cells
 
 
-def _cells(run_dir: Path) -> list[CellScores]:
+def cells_of(run_dir: Path) -> list[CellScores]:
+    """All cells of a study, in its order, or the one of a run, whether they have a result or not."""
     if (run_dir / layout.STUDY).exists():
         cells: Mapping[str, Any] = read_study(run_dir)["cells"]
         return [

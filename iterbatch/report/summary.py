@@ -16,7 +16,7 @@ from iterbatch.records.read import read_results, read_samples
 from iterbatch.records.result import DECODINGS, TEXT_METRICS, ArmResult, TextMetrics
 from iterbatch.records.write import write_json, write_text
 from iterbatch.report import figures
-from iterbatch.report.comparison import ArmScores, CellScores
+from iterbatch.report.comparison import ArmScores, CellScores, cells_of
 from iterbatch.report.wording import code, markdown, mean, spread
 from iterbatch.strategy import REFERENCE
 
@@ -41,9 +41,9 @@ def write(run_dir: Path) -> None:
     Raises:
         RunError: where a result is damaged.
     """
-    for folder in [run_dir, *(file.parent for file in run_dir.glob(f"*/{layout.CONFIG}"))]:
-        if any(folder.glob(f"*/seed*/{layout.RESULT}")):
-            _write_cell(CellScores(folder))
+    for cell in cells_of(run_dir):
+        if cell.reportable:
+            _write_cell(cell)
 
 
 def _write_cell(cell: CellScores) -> None:

@@ -126,6 +126,9 @@ def test_every_strategy_on_real_text_leaves_everything(real_text, tmp_path, sour
         by_name["abr"]["mean_repeats"]
     )
 
+    page = (run_dir / "summary.md").read_text(encoding="utf-8")
+    places = [page.index(f"| {strategy} |") for strategy in StrategyConfig().strategies]
+    assert places == sorted(places)  # in the order they were asked for
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["data"]["documents"]["train"] > 100
     assert len(manifest["data"]["sha256"]) == 64
