@@ -11,7 +11,7 @@ from rich.text import Text
 
 from iterbatch import __version__
 from iterbatch.cli import cache, compare, generate, power, price, report, train, tune
-from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words
+from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words, exit_code
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.report.wording import plain
 
@@ -47,6 +47,9 @@ def main(words: Sequence[str] | None = None) -> int:
     console, errors = Console(width=_width()), Console(stderr=True, width=_width())
     try:
         return _run(given, console)
+    except KeyboardInterrupt as stopped:  # before or after what a command does about it itself
+        _complain(errors, "interrupted")
+        return exit_code(stopped)
     except UserError as problem:
         _complain(errors, str(problem))
     except OSError as problem:

@@ -108,6 +108,15 @@ def test_unknown_command(capsys):
     assert "did you mean 'train'" in " ".join(capsys.readouterr().err.split())
 
 
+def test_ctrl_c_while_the_command_line_is_read_ends_without_a_traceback(monkeypatch, capsys):
+    def pressed(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tyro.cli", pressed)
+    assert main(["train", "--dry_run"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_all_problems_are_reported_together(capsys):
     assert (
         main(["train", "--epochs", "0", "--loss_threshold", "-1", "--strategies", "x", "--lora_rank", "0"])
