@@ -36,7 +36,8 @@ from iterbatch.bench.prepare import Prepared, make_stream, prepare
 from iterbatch.checks import make_config
 from iterbatch.config import BenchConfig
 from iterbatch.evaluation.perplexity import score
-from iterbatch.model.cut import CutModel, compiled
+from iterbatch.model.compiled import compiled
+from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
 from iterbatch.model.load import PRECISION, load_model
 from iterbatch.model.lora import reset_adapter

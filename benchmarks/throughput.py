@@ -23,7 +23,8 @@ from iterbatch.checks import make_config
 from iterbatch.config import BenchConfig
 from iterbatch.data.corpus import read_corpus
 from iterbatch.data.data_loader import BatchStream, prepare_blocks
-from iterbatch.model.cut import CutModel, compiled
+from iterbatch.model.compiled import compiled
+from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
 from iterbatch.model.load import PRECISION, load_base, load_model
 from iterbatch.model.lora import adapter_parameters, reset_adapter

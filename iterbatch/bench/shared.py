@@ -16,7 +16,8 @@ from iterbatch.data.data_loader import order_digest, tokenizer_digest
 from iterbatch.errors import RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
 from iterbatch.evaluation.perplexity import Score, score
-from iterbatch.model.cut import CutModel, compiled
+from iterbatch.model.compiled import compiled
+from iterbatch.model.cut import CutModel
 from iterbatch.model.load import PRECISION, load_model
 from iterbatch.model.lora import reset_adapter
 from iterbatch.records import layout

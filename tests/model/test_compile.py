@@ -13,7 +13,8 @@ from iterbatch.data.batch import MicroBatch
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ModelError
 from iterbatch.model.attention import NAME, attend
-from iterbatch.model.cut import CutModel, compiled
+from iterbatch.model.compiled import compiled
+from iterbatch.model.cut import CutModel
 from iterbatch.model.load import load_base, load_model
 from iterbatch.model.lora import adapter_parameters
 from iterbatch.runtime.processes import make_accelerator
