@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # the LLaMA layer layout
+TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")  # of a folder; one of them is there
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # of Accelerate's autocast
 
 
@@ -91,6 +92,9 @@ def load_base(config: BenchConfig) -> Base:
             f"'{path}' is a '{base_config.model_type}' model; this experiment adapts {', '.join(SUPPORTED)}"
         )
     _check_weights(path, base_config)
+    if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in TOKENIZER_FILES):
+        # Some versions of Transformers make an empty one.
+        raise ModelError(f"'{path}' holds no tokenizer ({', '.join(TOKENIZER_FILES)}). {_LOCAL_HINT}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (

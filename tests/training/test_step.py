@@ -108,7 +108,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(parts):
         )
         results.append((loss, copy_adapter(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    assert all(torch.allclose(results[0][1][name], results[1][1][name], atol=1e-6) for name in start)
+    # Adam's first update is the gradient's sign: where that is near 0, rounding shows. The rate is 0.01.
+    assert all(torch.allclose(results[0][1][name], results[1][1][name], atol=1e-5) for name in start)
 
 
 def test_a_repeat_starts_where_the_fresh_pass_ended(parts):
