@@ -20,6 +20,8 @@ import statistics
 import warnings
 from pathlib import Path
 
+from scipy import stats as student
+
 import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.records.record import EvalRecord, read_records
@@ -28,7 +30,6 @@ from iterbatch.records.write import write_text
 RECORDS = Path(__file__).parent / "time_to_target.json"
 EPOCHS = {"all": 3, "top:6": 4, "top:4": 5, "top:2": 8}  # about the same seconds, the prefix reused
 RANKS, LEARNING_RATES, SEEDS = (8, 64), (2e-3, 5e-3, 1e-2), (0, 1, 2, 3, 4)
-T_975 = {5: 2.776}
 Curve = list[list[float]]  # seconds and validation loss in nats, of each evaluation
 
 
@@ -103,7 +104,8 @@ def interval(values: list[float], digits: int) -> str:
     """Mean and 95% t interval; the geometric kind would differ little here."""
     if not all(map(math.isfinite, values)):
         return f"{sum(map(math.isfinite, values))} of {len(values)} reach it"
-    half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    t = float(student.t.ppf(0.975, len(values) - 1))
+    half = t * statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.fmean(values):.{digits}f} ± {half:.{digits}f}"
 
 

@@ -5,7 +5,7 @@
 
 Every run trains all strategies on a tiny model with a checkpoint after each pass. It gets SIGKILL,
 SIGTERM or SIGINT at a moment drawn from the whole length of such a run, or SIGKILL at a sync or
-rename, in the middle of writing a checkpoint, a report or a result; it is gone on with, is killed
+rename, in the middle of writing a checkpoint, a report or a result; it is resumed, is killed
 again, and is at last left to end. Then its records, evaluations, results, samples and adapters are
 compared with those of a run of the same settings that nobody disturbed: all must be equal, but for
 what a clock or the process's memory says.

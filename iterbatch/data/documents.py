@@ -28,7 +28,7 @@ class Document:
     text: str
     words: int
     bytes: int
-    ends: bool = True  # whether the document ends here; otherwise the next one goes on with it
+    ends: bool = True  # whether the document ends here; otherwise the next one continues it
 
     @classmethod
     def of(cls, text: str, source: str | None = None, *, ends: bool = True) -> "Document":
@@ -61,7 +61,7 @@ def pieces(reads: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def documents_of_pieces(reads: Iterable[str]) -> Iterator[Document]:
-    """One text as documents: one, or where it is long, several that go on with each other.
+    """One text as documents: one, or where it is long, several that continue each other.
 
     Without a word in it, none.
     """

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from iterbatch.config import SpeedConfig
+from iterbatch.data.corpus import SPLITS
 from iterbatch.errors import ConfigError
 from iterbatch.model.cut import CutModel
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.reuse.store import ActivationStore, Layout, Warn, stores_folder
 from iterbatch.runtime.processes import from_main, is_main
-
-SPLITS = ("train", "validation", "test")  # in the order in which their activations get room
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Texts:
             ConfigError: where the limit has no room for a single block.
         """
         left, result = speed.reuse_limit_gb * 1e9, {}
-        for split in SPLITS:
+        for split in SPLITS:  # in this order
             layout = Layout([len(item) for item in self.items[split]], width, speed.reuse_dtype, left)
             if split == "train" and not layout.capacity:
                 raise ConfigError(
@@ -144,7 +143,7 @@ def _open_store(folder: Path, header: dict[str, Any], layout: Layout, warn: Warn
         store = ActivationStore(folder, header, layout, warn) if is_main() else None
     except OSError as problem:
         warn(
-            f"the activation store {folder} cannot be used ({problem.strerror}); training goes on without "
+            f"the activation store {folder} cannot be used ({problem.strerror}); training continues without "
             "it, "
             "as with --reuse batch"
         )

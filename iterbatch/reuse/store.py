@@ -68,7 +68,7 @@ class ActivationStore:
         folder: Of this store alone, named after its key.
         header: What the key is made of, and what ``iterbatch cache list`` shows.
         layout: Items and sizes.
-        warn: Told once about each kind of trouble; training goes on.
+        warn: Is notified once of each kind of trouble; training continues.
         leader: Whether to take the lock. Other processes of the same run follow: they write where
             the leader may.
         writable: For a follower, whether its leader holds the lock.
@@ -208,7 +208,7 @@ class ActivationStore:
             self.writable = False
             self._say(
                 "full",
-                f"the activation store {self.folder} takes no more ({problem.strerror}); training goes on "
+                f"the activation store {self.folder} takes no more ({problem.strerror}); training continues "
                 "without storing",
             )
         else:

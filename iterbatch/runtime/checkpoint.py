@@ -175,7 +175,7 @@ class Checkpoints:
         at_start: Parts whose state goes back to the beginning of the batch: strategy, stream,
             records, progress.
         live: Parts whose state is that after the last pass: adapter, optimizer, ledger, step, random states.
-        warn: Told about files that cannot be written or read.
+        warn: Is notified of files that cannot be written or read.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Checkpoints:
     def save(self) -> None:
         """Write one, and forget those before the last two.
 
-        A full disk ends no training: it is told once, and what is there stays.
+        A full disk ends no training: there is one warning, and what is there stays.
         """
         state = {
             "at_start": self._start,
@@ -209,7 +209,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as problem:
             if not self._unwritable:
                 self._warn(
-                    f"no checkpoint could be written to {self.folder} ({problem}); training goes on, the "
+                    f"no checkpoint could be written to {self.folder} ({problem}); training continues, the "
                     "one before stays"
                 )
             self._unwritable = True

@@ -163,7 +163,7 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
     On a share ``probe_rate`` of the batches it keeps the adapter as it was before the batch's last
     pass, and lets ``step`` score the next batch under it. That batch's own fresh pass gives its
     loss with the last pass taken, so their difference is what this one pass was worth on text the
-    model had not seen. Probes need unseen text: after the first epoch the learned policy goes on
+    model had not seen. Probes need unseen text: after the first epoch the learned policy stays
     unchanged. See :mod:`iterbatch.strategy.scheduler` for the decision and the network.
     """
 

@@ -22,7 +22,7 @@ RECENT = 256  # batches that the features are standardised over
 
 
 def stopping_rule(gains_lower: Sequence[float], rate: float, price_ratio: float) -> int:
-    """Passes to make: go on while the next pass's gain, taken low, beats what its price would buy elsewhere.
+    """Passes to make: while the next one's gain, taken low, beats what its price would buy elsewhere.
 
     ``k = max { k : m_j > lambda * rho for all 2 <= j <= k }``, where a fresh pass costs 1 and a
     repeat rho. With rho = 1 and gains that do not rise with j this is 1.

@@ -207,6 +207,7 @@ def test_dry_run_plans_and_trains_nothing(tmp_path, capsys):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_module_and_shim_are_the_same_command():
     for command in (["-m", "iterbatch", "train"], ["train.py"]):
         done = subprocess.run(

@@ -68,6 +68,7 @@ print("UNPICKLED", found)
 """
 
 
+@pytest.mark.slow
 def test_a_whole_run_unpickles_nothing(tiny_folder, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(
@@ -312,6 +313,7 @@ def test_tensorboard_gets_plain_tags(nasty_run):
     assert not tags["tensors"]  # no text of the data among them
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Debian's chromium")
 def test_pages_stay_as_they_are_in_a_browser(nasty_run, tmp_path):
     pages = [
@@ -339,6 +341,7 @@ def test_pages_stay_as_they_are_in_a_browser(nasty_run, tmp_path):
 # ------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_token_is_left_anywhere(tiny, tmp_path):
     secrets = {
         name: f"secret-{number}-abcdef"

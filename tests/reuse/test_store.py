@@ -141,6 +141,7 @@ def test_half_written_is_not_served(opened, monkeypatch):
     assert _read(opened(), 1) is None
 
 
+@pytest.mark.slow
 def test_killed_while_writing_leaves_whole_items_only(tmp_path, opened, notes):
     """A real process that writes without end and is killed at any moment.
 
@@ -221,6 +222,7 @@ def test_a_full_disk_ends_storing_not_training(opened, notes, monkeypatch):
     assert "No space left" in notes[0]
 
 
+@pytest.mark.slow
 def test_a_really_full_disk(tmp_path, notes):
     """The same on a file system of one megabyte, where the user may mount one."""
     mount = tmp_path / "small"

@@ -317,6 +317,7 @@ def test_power(run_dir, capsys):
     assert main(["power", str(run_dir), "--power", "1.5"]) == 2
 
 
+@pytest.mark.slow
 def test_another_study_does_not_go_into_the_same_folder(run_dir, crashed, tmp_path, tiny_folder, capsys):
     other = study_file(tmp_path, tiny_folder, ARMS, lr=0.02)
     text = other.read_text(encoding="utf-8").replace(
@@ -424,6 +425,7 @@ def test_a_leftover_claim_is_left_to_the_parent(tiny_folder, tmp_path):
     assert not first.ended
 
 
+@pytest.mark.slow
 def test_a_stop_that_workers_answered_first_is_still_a_stop(tiny_folder, tmp_path, monkeypatch):
     study, run_dir = _begin(tmp_path, tiny_folder, {"baseline": None}, seeds=[0])
     interrupts = Interrupts()
@@ -441,6 +443,7 @@ def test_a_stop_that_workers_answered_first_is_still_a_stop(tiny_folder, tmp_pat
         workers.run()
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_begin_say_why(tiny_folder, tmp_path):
     study = load_study(study_file(tmp_path, tiny_folder, {"baseline": None}))
     (tmp_path / "data.jsonl").write_text("", encoding="utf-8")
@@ -489,6 +492,7 @@ def _browse(page: Path, profile: Path, *flags: str) -> tuple[str, str]:
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Debian's chromium")
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 @pytest.mark.parametrize("width", [390, 1280])
