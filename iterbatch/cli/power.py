@@ -15,7 +15,7 @@ from iterbatch.cli.command import Words, check_ranges
 from iterbatch.config import Knob
 from iterbatch.errors import RunError
 from iterbatch.report import stats
-from iterbatch.report.comparison import CellScores, read_cells
+from iterbatch.report.comparison import CellScores, Comparison, read_cells
 from iterbatch.report.wording import plain
 
 
@@ -39,53 +39,43 @@ class Power:
         return 0
 
 
+COLUMNS = ("cell", "arm", "seeds so far", "spread over seeds", "error from documents", "seeds needed")
+READING = (
+    "Spread: standard deviation over seeds of the difference of log test perplexity to the baseline; with "
+    "few seeds it is rough. Error from documents: what no number of seeds takes away; where it hides the "
+    "effect, score on more text (--max_eval_tokens). For one arm alone: with several, Holm's correction asks "
+    "for more."
+)
+
+
 def print_power(console: Console, cells: Sequence[CellScores], effect: float, power: float) -> None:
-    """The table of ``iterbatch power``."""
-    table = Table(
-        title=Text(
-            f"Seeds to find a difference of {effect:g} nats a token with a chance of {power:.0%}, at 5% "
-            "two-sided"
-        )
-    )
-    for column in (
-        "cell",
-        "arm",
-        "seeds so far",
-        "spread over seeds",
-        "error from documents",
-        "seeds needed",
-    ):
+    """A row an arm, and how to read it.
+
+    Raises:
+        RunError: where no arm has two seeds that the baseline has too.
+    """
+    size = f"a difference of {effect:g} nats a token with a chance of {power:.0%}"
+    table = Table(title=Text(f"Seeds to find {size}, at 5% two-sided"))
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("cell", "arm") else "right")
-    rows = 0
     for cell in cells:
         for each in cell.against_baseline:
             if not math.isnan(each.deviation):
-                documents = cell.documents(each.arm)
-                needed = stats.seeds_needed(
-                    each.deviation, effect, power, document_error=each.document_error, documents=documents
-                )
-                shown = (
-                    f"{needed:,}"
-                    if needed <= stats.MOST_SEEDS
-                    else "more text"
-                    if each.document_error
-                    else f"more than {stats.MOST_SEEDS:,}"
-                )
-                values = (str(len(each.seeds)), f"{each.deviation:.4f}", f"{each.document_error:.4f}", shown)
-                table.add_row(*map(Text, (plain(cell.name), plain(each.arm), *values)))
-                rows += 1
-    if not rows:
+                table.add_row(*map(Text, _row(cell, each, effect, power)))
+    if not table.rows:
         raise RunError(
             "there is no arm with two seeds that the baseline has too; the spread over seeds cannot be "
             "known from fewer"
         )
     console.print(table)
-    console.print(
-        Text(
-            "Spread: standard deviation over seeds of the difference of log test perplexity to the "
-            "baseline; with few seeds it is rough. Error from "
-            "documents: what no number of seeds takes away; where it hides the effect, score on more text "
-            "(--max_eval_tokens). For one arm alone: "
-            "with several, Holm's correction asks for more."
-        )
-    )
+    console.print(Text(READING))
+
+
+def _row(cell: CellScores, each: Comparison, effect: float, power: float) -> tuple[str, ...]:
+    documents, error = cell.documents(each.arm), each.document_error
+    needed = stats.seeds_needed(each.deviation, effect, power, document_error=error, documents=documents)
+    shown = f"{needed:,}"
+    if needed > stats.MOST_SEEDS:
+        shown = "more text" if error else f"more than {stats.MOST_SEEDS:,}"
+    spread = f"{each.deviation:.4f}"
+    return plain(cell.name), plain(each.arm), str(len(each.seeds)), spread, f"{error:.4f}", shown

@@ -314,9 +314,8 @@ def _read_hub(
     datasets.disable_progress_bars()
     try:
         loaded: Any = datasets.load_dataset(hub.name, config)
-    except (
-        Exception
-    ) as problem:  # connection, missing name, missing configuration: each library layer has its own class
+    except Exception as problem:
+        # Connection, missing name, missing configuration: each library layer has its own class.
         raise DataError(unreachable_dataset(hub.name, problem)) from problem
     splits: dict[str, Documents] = {}
     for split, rows in loaded.items():

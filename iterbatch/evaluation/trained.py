@@ -65,9 +65,8 @@ def load_trained(
         raise RunError(f"{adapter} holds no {layout.ADAPTER_WEIGHTS}; train that arm again")
     try:
         return PeftModel.from_pretrained(model, str(adapter)).eval(), base.tokenizer, name
-    except (
-        Exception
-    ) as problem:  # safetensors, PEFT and torch have classes of their own for a damaged adapter
+    except Exception as problem:
+        # Safetensors, PEFT and torch have classes of their own for a damaged adapter.
         raise RunError(
             f"the adapter {adapter} cannot be loaded ({type(problem).__name__}: {problem})"[:500]
         ) from problem

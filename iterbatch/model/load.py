@@ -76,14 +76,13 @@ def load_base(config: BenchConfig) -> Base:
         ModelError: where the folder or hub name cannot be used.
         ConfigError: where the layers or the block length do not fit the model.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     path, options = config.model_path, _loading_options(config)
     try:
         base_config = AutoConfig.from_pretrained(path, **options)
-    except (
-        Exception
-    ) as problem:  # Transformers and its hub library raise many classes for a config.json that is damaged
+    except Exception as problem:
+        # Transformers and its hub library raise many classes for a config.json that is damaged.
         raise ModelError(
             f"'{path}' has no usable config.json: {first_line(problem)}. {_LOCAL_HINT}"
         ) from problem
@@ -92,14 +91,22 @@ def load_base(config: BenchConfig) -> Base:
             f"'{path}' is a '{base_config.model_type}' model; this experiment adapts {', '.join(SUPPORTED)}"
         )
     _check_weights(path, base_config)
+    tokenizer = _load_tokenizer(path, options, base_config.vocab_size)
+    base = Base(path, base_config, tokenizer, resolve_dtype(config.model.dtype))
+    _check_fit(config, base)
+    return base
+
+
+def _load_tokenizer(path: str, options: dict[str, Any], vocabulary: int) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in TOKENIZER_FILES):
         # Some versions of Transformers make an empty one.
         raise ModelError(f"'{path}' holds no tokenizer ({', '.join(TOKENIZER_FILES)}). {_LOCAL_HINT}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (
-        Exception
-    ) as problem:  # tokenizers and transformers raise many classes, a bare Exception among them
+    except Exception as problem:
+        # Tokenizers and transformers raise many classes, a bare Exception among them.
         raise ModelError(
             f"'{path}' has no usable tokenizer: {first_line(problem)}. {_LOCAL_HINT}"
         ) from problem
@@ -108,14 +115,12 @@ def load_base(config: BenchConfig) -> Base:
             f"the tokenizer of '{path}' has no {'tokens' if not len(tokenizer) else 'end-of-text token'}. "
             f"{_LOCAL_HINT}"
         )
-    if len(tokenizer) > base_config.vocab_size:
+    if len(tokenizer) > vocabulary:
         raise ModelError(
-            f"the tokenizer of '{path}' has {len(tokenizer)} tokens, the model {base_config.vocab_size}; "
+            f"the tokenizer of '{path}' has {len(tokenizer)} tokens, the model {vocabulary}; "
             "they do not belong together"
         )
-    base = Base(path, base_config, tokenizer, resolve_dtype(config.model.dtype))
-    _check_fit(config, base)
-    return base
+    return tokenizer
 
 
 _LOCAL_HINT = (
@@ -284,9 +289,8 @@ def load_weights(base: Base, config: ModelConfig) -> PreTrainedModel:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base.path, output_loading_info=True, use_safetensors=True, **options
             )
-    except (
-        Exception
-    ) as problem:  # safetensors, OSError and RuntimeError for truncated, missing or mismatched files
+    except Exception as problem:
+        # Safetensors, OSError and RuntimeError for truncated, missing or mismatched files.
         raise ModelError(
             f"the weights of '{base.path}' cannot be loaded: {first_line(problem)}. {_LOCAL_HINT}"
         ) from problem

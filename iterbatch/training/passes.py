@@ -76,10 +76,12 @@ class Passes:
         self,
         batch: OpenBatch,
         rate: float,  # learning rate of the update
-        adjust: Callable[[float], None]
-        | None = None,  # told a finite loss before the update, at the price of a wait
+        adjust: Callable[[float], None] | None = None,
     ) -> Pass:
-        """One pass over a batch, with its update."""
+        """One pass over a batch, with its update.
+
+        ``adjust`` is given the loss, if it is finite, before the update, at the price of a wait for it.
+        """
         self.take_rate(rate)
         nats, last = torch.zeros((), device=self.accelerator.device), len(batch.batch.micro_batches) - 1
         # ------------------------------------------------------------------------------------------------
