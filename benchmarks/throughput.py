@@ -105,9 +105,8 @@ def trainer(
 
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = (
-                True  # PEFT's default, which a user of Trainer has; this project switches it off
-            )
+            # PEFT's default, which a user of Trainer has; this project switches it off.
+            module.cast_input_dtype_enabled = True
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **_):

@@ -573,9 +573,8 @@ def campaign(ground: Ground, kind: str, cases: int, *, seed: int | None = None) 
         AssertionError: for the first that is not answered as it should be, shrunk.
     """
     case = KINDS[kind](ground)
-    phases = (
-        [Phase.generate] if kind in ("model", "run") else [Phase.generate, Phase.shrink]
-    )  # where a case takes seconds none is shrunk
+    # Where a case takes seconds none is shrunk.
+    phases = [Phase.generate] if kind in ("model", "run") else [Phase.generate, Phase.shrink]
     options: dict[str, Any] = {
         "deadline": None,
         "database": None,
@@ -583,7 +582,8 @@ def campaign(ground: Ground, kind: str, cases: int, *, seed: int | None = None) 
         "phases": phases,
     }
     settled = drawing(max_examples=cases, derandomize=seed is None, **options)
-    settled(case)()
+    with contextlib.chdir(ground.folder):  # whatever a drawn word makes stays there
+        settled(case)()
 
 
 def main() -> int:

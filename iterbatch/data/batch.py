@@ -29,17 +29,14 @@ class MicroBatch:
 
     input_ids: Tensor  # (rows, length) int64
     labels: Tensor  # (rows, length) int64
-    attention_mask: Tensor | None = (
-        None  # (rows, length) int64, 1 for real tokens; None where padding, if any, is on the right
-    )
-    blocks: tuple[int, ...] | None = (
-        None  # which item of its text each row is; empty where the only row is there for company
-    )
+    # (rows, length) int64, 1 for real tokens; None where padding, if any, is on the right.
+    attention_mask: Tensor | None = None
+    # Which item of its text each row is; empty where the only row is there for company.
+    blocks: tuple[int, ...] | None = None
     rows_in_all: int = 0  # rows over all processes; 0 stands for the rows here
     ahead: Ahead | None = None
-    label_tokens: int = (
-        -1
-    )  # number of tokens this micro-batch predicts; counted here, before it is on a device
+    # Number of tokens this micro-batch predicts; counted here, before it is on a device.
+    label_tokens: int = -1
 
     def __post_init__(self) -> None:
         if self.label_tokens < 0:

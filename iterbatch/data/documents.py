@@ -13,9 +13,9 @@ import numpy as np
 
 from iterbatch.data.cache import cache_folder
 
-PIECE = (
-    1 << 20
-)  # characters; a longer text is handled in pieces, cut at ends of lines, so that memory does not grow
+# Characters; a longer text is handled in pieces, cut at ends of lines, so that memory does not
+# grow.
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,8 @@ def attend(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     position = torch.arange(length, device=query.device)
-    weights = (
-        scores.float().masked_fill(position > position[:, None], float("-inf")).softmax(-1)
-    )  # the compiler fuses these
+    # The compiler fuses these.
+    weights = scores.float().masked_fill(position > position[:, None], float("-inf")).softmax(-1)
     return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous(), None
 
 

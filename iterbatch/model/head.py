@@ -15,9 +15,8 @@ CHUNK_ENTRIES = {
     "cpu": 1 << 19,
     "cuda": 1 << 26,
 }  # logits held at once: a CPU wants them in its cache, a GPU wants tall matrices
-LEAST_ROWS = (
-    64  # positions a chunk, so that a large vocabulary's weights are not read for a few rows each time
-)
+# Positions a chunk, so that a large vocabulary's weights are not read for a few rows each time.
+LEAST_ROWS = 64
 
 
 class _HeadNats(torch.autograd.Function):

@@ -257,9 +257,8 @@ def load_model(base: Base, config: ModelConfig, *, seed: int = 0, meta: bool = F
 
 def _checkpoint(model: Any) -> None:
     """Recompute activations in the backward pass, down to the lowest adapter and no further."""
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    )  # the older name
+    # The older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     # Transformers forces a gradient upon the embeddings, which the reentrant kind needs; here it
     # would make every frozen layer pay a backward.

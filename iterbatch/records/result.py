@@ -97,7 +97,6 @@ class ArmResult:
 
 
 NUMBERS = {each.name for each in dataclasses.fields(ArmResult) if each.type in (int, float)} - {"seed"}
-COUNTS = {each.name for each in dataclasses.fields(ArmResult) if each.type is int}
 NEEDED = ("batches", "updates", "mean_repeats", "flops", "train_seconds", "skipped_updates")
 PERPLEXITIES = ("val_ppl", "test_ppl", "base_val_ppl")  # null where not finite
 

@@ -334,8 +334,7 @@ class CellScores:
         )
         return [asked for arm in known for asked in [_question(arm)] if asked is not None]
 
-    # -- time to target ------------------------------------------------------------------------------
-    # ----------------------------------
+    # -- time to target ------------------------------------------------------------------------------ -----
 
     @cached_property
     def target(self) -> float:

@@ -97,8 +97,7 @@ class ActivationStore:
         self._open()
         self._verified = np.zeros(self.capacity, dtype=bool)
 
-    # -- opening -------------------------------------------------------------------------------------
-    # ----------------------------------
+    # -- opening ------------------------------------------------------------------------------------- -----
 
     def _take_lock(self) -> bool:
         try:
@@ -167,8 +166,7 @@ class ActivationStore:
             self._warned.add(kind)
             self._warn(message)
 
-    # -- items ---------------------------------------------------------------------------------------
-    # ----------------------------------
+    # -- items --------------------------------------------------------------------------------------- -----
 
     def read_into(self, item: int, row: Tensor) -> float | None:
         """Copy an item into ``row``, (length, width) on the CPU in the store's dtype.

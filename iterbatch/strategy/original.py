@@ -197,9 +197,8 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
             step.score(batch, probe.adapter) if probe is not None and batch.first_exposure else None
         )
         probing = batch.first_exposure and self._random.random() < self.probe_rate
-        kept: list[Adapter] = (
-            [step.snapshot()] if probing else []
-        )  # before the last pass; a pass later, another
+        # Before the last pass; a pass later, another.
+        kept: list[Adapter] = [step.snapshot()] if probing else []
         losses = [step(batch)]
         if probe is not None and score_before is not None:
             self._settle(probe, score_before - losses[0])

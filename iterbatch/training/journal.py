@@ -37,9 +37,8 @@ class Reading:
 class Entry:
     """One answer."""
 
-    answer: (
-        Any  # of a snapshot a weak reference: a copy that the strategy has let go of is let go of here too
-    )
+    # Of a snapshot a weak reference: a copy that the strategy has let go of is let go of here too.
+    answer: Any
     reading: Reading
 
     def packed(self) -> list[Any]:

@@ -64,12 +64,8 @@ class Passes:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, clip_norm: float
     ) -> None:
-        self.model, self.optimizer, self.accelerator, self.clip_norm = (
-            model,
-            optimizer,
-            accelerator,
-            clip_norm,
-        )
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.clip_norm = clip_norm
         self._parameters = list(adapter_parameters(model).values())
 
     def make(

@@ -258,8 +258,7 @@ class TrainingStep:
         self.charges.probe(self._batch)
         return loss
 
-    # -- what the journal asks for
-    # ------------------------------------------------------------------------------
+    # -- what the journal asks for -------------------------------------------------------------------------
 
     def open(self, batch: Batch, whole: Batch) -> None:
         """Make a batch the current one, unless a probe has done so.

@@ -10,8 +10,7 @@ from iterbatch.data.forms import detokenize_wikitext, row_text, wikitext_article
 from iterbatch.data.windows import prepare_eval
 from iterbatch.errors import DataError
 
-# -- forms of text -----------------------------------------------------------------------------------
-# ----------------------------------
+# -- forms of text ----------------------------------------------------------------------------------- -----
 
 
 @pytest.mark.parametrize(
@@ -89,8 +88,7 @@ def test_rows_that_cannot_be_read(row):
         row_text(row)
 
 
-# -- files -------------------------------------------------------------------------------------------
-# ----------------------------------
+# -- files ------------------------------------------------------------------------------------------- -----
 
 
 def _write(folder, name, content):
@@ -180,8 +178,7 @@ def test_missing_folder_and_unknown_name(tmp_path):
         read_corpus("wikitxt")
 
 
-# -- blocks and batches ------------------------------------------------------------------------------
-# ------------------------------------
+# -- blocks and batches ------------------------------------------------------------------------------ -----
 
 
 DOCUMENTS = [

@@ -123,8 +123,7 @@ def test_a_whole_run_unpickles_nothing(tiny_folder, tmp_path):
     }
 
 
-# -- code of others ----------------------------------------------------------------------------------
-# --------------------------------------
+# -- code of others ---------------------------------------------------------------------------------- -----
 
 
 def _model_with_code(tiny_folder, folder, config_changes):
@@ -219,8 +218,7 @@ def test_pickled_weights_are_not_read(tiny_folder, tiny, tmp_path):
         load_trained(run_dir)
 
 
-# -- paths -------------------------------------------------------------------------------------------
-# ----------------------------------------
+# -- paths ------------------------------------------------------------------------------------------- -----
 
 
 def test_what_a_result_says_leads_nowhere(tiny, tmp_path):
@@ -243,8 +241,7 @@ def test_a_link_in_place_of_a_run_is_left_alone(tiny, tmp_path):
     assert (precious / "config.yaml").read_text(encoding="utf-8") == "thesis"
 
 
-# -- text --------------------------------------------------------------------------------------------
-# ----------------------------------------
+# -- text -------------------------------------------------------------------------------------------- -----
 
 CHANGE = "document.title='changed'"
 NASTY = f'</title></pre><script>{CHANGE}</script><img src=x onerror="{CHANGE}"> '
@@ -337,8 +334,7 @@ def test_pages_stay_as_they_are_in_a_browser(nasty_run, tmp_path):
         assert ("<title>changed" in shown) == live  # the script would have changed the page, had it run
 
 
-# -- secrets -----------------------------------------------------------------------------------------
-# ------------------------------------------
+# -- secrets ----------------------------------------------------------------------------------------- -----
 
 
 @pytest.mark.slow

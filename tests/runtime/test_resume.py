@@ -51,8 +51,7 @@ STATE = {
 }
 
 
-# -- files -------------------------------------------------------------------------------------------
-# --------------------------------------
+# -- files ------------------------------------------------------------------------------------------- -----
 
 
 def test_a_state_comes_back_from_its_file_as_it_was(tmp_path):
@@ -205,8 +204,7 @@ def test_every_counts_seconds_or_updates(monkeypatch):
             Every(bad)
 
 
-# -- whole runs --------------------------------------------------------------------------------------
-# --------------------------------------
+# -- whole runs -------------------------------------------------------------------------------------- -----
 
 
 @pytest.fixture
@@ -434,8 +432,7 @@ def test_out_of_memory_says_what_to_lower_and_loses_nothing(quick, monkeypatch):
     assert [name for name in expected if found.get(name) != expected[name]] == []
 
 
-# -- numerical faults --------------------------------------------------------------------------------
-# ----------------------------------------
+# -- numerical faults -------------------------------------------------------------------------------- -----
 
 
 def test_an_arm_is_judged_by_its_own_first_losses():
@@ -541,8 +538,7 @@ def test_faults_are_told_apart():
     assert (ledger.nonfinite_losses, ledger.nonfinite_gradients, ledger.scaler_skips) == (1, 1, 1)
 
 
-# -- signals -----------------------------------------------------------------------------------------
-# ----------------------------------------
+# -- signals ----------------------------------------------------------------------------------------- -----
 
 
 def test_signals_are_noted_first_and_obeyed_the_second_time():

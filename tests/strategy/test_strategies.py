@@ -89,8 +89,7 @@ class ScriptedStep:
         return BatchRecord(self.fresh - 1, 0, losses[0], losses, planned, done, 0.01, 1.0, 100, 1.0, 0.0)
 
 
-# -- abr ---------------------------------------------------------------------------------------------
-# ----------------------------------
+# -- abr --------------------------------------------------------------------------------------------- -----
 
 
 @pytest.mark.parametrize(
@@ -113,8 +112,7 @@ def test_abr_rule(loss, threshold, most, repeats):
     assert abr_repeats(loss, threshold, most) == repeats
 
 
-# -- window ------------------------------------------------------------------------------------------
-# ----------------------------------
+# -- window ------------------------------------------------------------------------------------------ -----
 
 
 @pytest.mark.parametrize(
@@ -144,8 +142,7 @@ def test_window_rule(losses, extra, repeats):
     assert window_repeats(losses, 5, 2.0, extra) == repeats
 
 
-# -- the contract ------------------------------------------------------------------------------------
-# --------------------------------------
+# -- the contract ------------------------------------------------------------------------------------ -----
 
 
 SOURCE = [1, 1, 2, 1, 3, 1, 1, 4]  # passes of each batch of an arm that controls are made from
@@ -240,8 +237,7 @@ def test_max_repeats_means_passes_for_abr_and_extra_passes_for_window():
     )
 
 
-# -- controls: each keeps everything of its source but one thing
-# ------------------------------------------------------------------------------
+# -- controls: each keeps everything of its source but one thing -------------------------------------------
 
 
 def _control(name, losses, seed=0, **knobs):
@@ -278,9 +274,8 @@ def test_inverse_repeats_the_lowest_losses_as_often_as_abr_the_highest():
 
 
 def test_excess_repeats_what_the_base_does_not_share():
-    losses = (
-        np.random.default_rng(0).uniform(4, 5, 600).tolist()
-    )  # the base finds every other batch harder by two nats
+    # The base finds every other batch harder by two nats.
+    losses = np.random.default_rng(0).uniform(4, 5, 600).tolist()
     records, _ = _control("excess", losses, loss_threshold=1.5)
     done = np.array([record.repeats_done for record in records])[8:]
     assert (
@@ -319,8 +314,7 @@ def test_selective_trains_high_losses_more_often():
     assert done.mean() == pytest.approx(0.5, abs=0.05)
 
 
-# -- learnable ---------------------------------------------------------------------------------------
-# --------------------------------------
+# -- learnable --------------------------------------------------------------------------------------- -----
 
 
 @pytest.mark.parametrize(

@@ -334,8 +334,7 @@ def test_another_study_does_not_go_into_the_same_folder(run_dir, crashed, tmp_pa
     assert (tmp_path / "study" / "mine.txt").exists()
 
 
-# -- in one process ----------------------------------------------------------------------------------
-# ------------------------------------------
+# -- in one process ---------------------------------------------------------------------------------- -----
 
 
 def _begin(tmp_path, tiny_folder, arms, **settings):
@@ -452,8 +451,7 @@ def test_workers_that_cannot_begin_say_why(tiny_folder, tmp_path):
     assert (tmp_path / "run" / STUDY).exists()
 
 
-# -- in a browser ------------------------------------------------------------------------------------
-# ------------------------------------------
+# -- in a browser ------------------------------------------------------------------------------------ -----
 
 MEASURE = """<script>
 addEventListener("load", () => setTimeout(() => {
