@@ -2,16 +2,20 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from iterbatch.config import BenchConfig, Every, StrategyConfig, range_problems
-from iterbatch.errors import ConfigError, did_you_mean
+from iterbatch.errors import ConfigError, UserError, did_you_mean
+from iterbatch.records.scheduler import read_schedulers
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source
+from iterbatch.strategy.base import AT_ONCE, PROBE_TEXT
+from iterbatch.strategy.scheduler import probes_of
 
 GROUPS: dict[str, Any] = {each.name: each.default_factory for each in dataclasses.fields(BenchConfig)}
-PATHS = ("data_dir", "save_dir", "resume", "config")
+PATHS = ("data_dir", "save_dir", "resume", "config", "scheduler_from")
+PROBE_SHARE = 0.01  # of the training blocks, where a strategy measures on probe text
 LAYERS = r"all|top:[1-9]\d*|\d+-\d+"  # forms of --lora_layers
 
 
@@ -47,7 +51,15 @@ def make_config(**values: Any) -> BenchConfig:
         strategy=strategy, **{group: GROUPS[group](**given) for group, given in groups.items()}
     )
     check(config)
-    return config
+    return with_probe_text(config, config.strategy.strategies)
+
+
+def with_probe_text(config: BenchConfig, strategies: Iterable[str]) -> BenchConfig:
+    """The configuration with a share of the text set aside, where a strategy needs it and none is given."""
+    needed = any(STRATEGIES[name].needs == PROBE_TEXT for name in strategies)
+    if config.data.probe_text is not None or not needed:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, probe_text=PROBE_SHARE))
 
 
 def check(config: BenchConfig) -> None:
@@ -80,7 +92,33 @@ def _strategy_problems(config: BenchConfig) -> list[str]:
     if len(set(names)) < len(names):
         problems.append(f"--strategies names one twice: {' '.join(names)}")
     problems += [unknown_strategy(name) for name in names if name not in STRATEGIES]
-    return problems + _source_problems(config)
+    return problems + _source_problems(config) + _scheduler_problems(config)
+
+
+def check_placement(config: BenchConfig) -> None:
+    """Check that one of the strategies has repeats to place.
+
+    Raises:
+        ConfigError: where none has, and they are to be placed.
+    """
+    names, placement = config.strategy.strategies, config.strategy.knobs["placement"]
+    if placement != AT_ONCE and not any(STRATEGIES[name].gives_k for name in names):
+        raise ConfigError(
+            f"--placement is {placement}, and {', '.join(names)} repeats no batch; leave it out"
+        )
+
+
+def _scheduler_problems(config: BenchConfig) -> list[str]:
+    """What earlier schedulers are wrong with."""
+    given, frozen = (config.strategy.knobs.get(f"scheduler_{part}") for part in ("from", "frozen"))
+    if given is None:
+        return ["--scheduler_frozen needs --scheduler_from: a policy to keep as it is"] if frozen else []
+    try:
+        for kept in read_schedulers(Path(given)):
+            probes_of(kept)
+    except UserError as problem:
+        return [f"--scheduler_from: {problem}"]
+    return []
 
 
 def unknown_strategy(name: str, where: str = "") -> str:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -78,6 +78,14 @@ class Range:
         return " and ".join(words)
 
 
+@dataclass(frozen=True)
+class Also:
+    """Words that a knob may be besides its numbers."""
+
+    allowed: Callable[[str], bool]
+    meaning: str  # which these are
+
+
 class Knob(Doc):
     """The meaning of a knob, and what it may be; its documentation is the help of its flag.
 
@@ -88,6 +96,7 @@ class Knob(Doc):
         at_most: Largest value.
         below: Value that it must not reach.
         choices: Words that it may be.
+        also: Words that it may be instead of a number.
     """
 
     def __init__(
@@ -99,10 +108,12 @@ class Knob(Doc):
         at_most: float | None = None,
         below: float | None = None,
         choices: Sequence[str] = (),
+        also: Also | None = None,
     ) -> None:
-        self.meaning, self.choices = meaning, tuple(choices)
+        self.meaning, self.choices, self.also = meaning, tuple(choices), also
         self.range = Range(at_least, above, at_most, below)
-        super().__init__(f"{meaning} ({self.range})" if str(self.range) else meaning)
+        words = ", or ".join(each for each in (str(self.range), also.meaning if also else "") if each)
+        super().__init__(f"{meaning} ({words})" if words else meaning)
 
     def problems(self, name: str, value: Any) -> list[str]:
         """What is wrong with a value: a line for each thing, with what was given and what is allowed."""
@@ -115,6 +126,9 @@ class Knob(Doc):
         if self.choices and value not in self.choices:
             allowed = ", ".join(self.choices)
             return [f"unknown --{name} '{value}'; choose from {allowed}{did_you_mean(value, self.choices)}"]
+        if self.also is not None and isinstance(value, str):
+            allowed = f"a number {self.range}, or {self.also.meaning}"
+            return [] if self.also.allowed(value) else [f"--{name} is '{value}'; it must be {allowed}"]
         if isinstance(value, int | float) and value not in self.range:
             return [f"--{name} is {value}; it must be {str(self.range) or 'a finite number'}"]
         return []
@@ -260,6 +274,15 @@ class DataConfig:
     max_train_tokens: Annotated[
         int | None,
         Knob("Use only the first tokens of the training text, at least a block. Default: all", at_least=1),
+    ] = None
+    probe_text: Annotated[
+        float | None,
+        Knob(
+            "Share of the training blocks set aside for all arms, on which learnable measures what passes "
+            "gain. Default: 0.01 where learnable is among the arms, else none",
+            above=0,
+            at_most=0.1,
+        ),
     ] = None
     max_eval_tokens: Annotated[
         int | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from iterbatch.checks import check, settings, strategy_config
+from iterbatch.checks import check, check_placement, settings, strategy_config, with_probe_text
 from iterbatch.config import (
     BenchConfig,
     DataConfig,
@@ -82,7 +82,7 @@ class TrainFlags:
         strategy = strategy_config(vars(self.strategy))
         config = BenchConfig(self.model, self.data, self.training, self.speed, strategy, self.run)
         check(config)
-        return config
+        return with_probe_text(config, strategy.strategies)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,9 @@ def parse_config(words: Sequence[str]) -> BenchConfig:
     if run_dir is not None:
         where = {"save_dir": run_dir.parent, "run_name": run_dir.name, "resume": run_dir}
         flags = dataclasses.replace(flags, run=dataclasses.replace(flags.run, **where))
-    return flags.config()
+    config = flags.config()
+    check_placement(config)
+    return config
 
 
 def file_words(path: Path) -> list[str]:

@@ -6,7 +6,9 @@ from typing import Any
 
 from iterbatch.checks import make_config
 from iterbatch.config import BenchConfig
-from iterbatch.strategy import REFERENCE, needs_source
+from iterbatch.errors import ConfigError
+from iterbatch.strategy import REFERENCE, STRATEGIES, needs_source
+from iterbatch.strategy.base import OTHER_PASSES
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,26 @@ class Arm:
     def source(self) -> str | None:
         """The arm whose records it needs."""
         return self.config.strategy.source if needs_source(self.strategy) else None
+
+    def source_seed(self, seed: int) -> int:
+        """The seed of the source that this arm's own seed takes: the same, or its neighbour's.
+
+        Neighbours take each other's, so that no seed waits for all others; the last of an odd number takes
+        the one before it.
+
+        Raises:
+            ConfigError: where there is no other.
+        """
+        if STRATEGIES[self.strategy].made_from != OTHER_PASSES:
+            return seed
+        seeds = self.config.training.seeds
+        if len(seeds) < 2:
+            raise ConfigError(
+                f"'{self.name}' takes the passes of another seed, and there is one only; give --seeds more"
+            )
+        place = seeds.index(seed)
+        other = place + 1 if place % 2 == 0 and place + 1 < len(seeds) else place - 1
+        return seeds[other]
 
 
 def arms_of(config: BenchConfig) -> tuple[Arm, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from iterbatch.config import AUTO, NONE, BenchConfig
 from iterbatch.data import hub
 from iterbatch.data.corpus import NAMED, Corpus, read_corpus, unreachable_dataset
-from iterbatch.data.data_loader import BatchStream, prepare_blocks
+from iterbatch.data.data_loader import BatchStream, prepare_blocks, set_aside
 from iterbatch.data.forms import ChatTemplate
 from iterbatch.data.windows import EvalText, prepare_eval
 from iterbatch.errors import ConfigError, UserError
@@ -36,6 +36,17 @@ class Prepared:
     corpus: Corpus
     blocks: np.ndarray  # (blocks, length) token ids, memory-mapped
     texts: dict[str, EvalText]  # validation and test
+
+    @property
+    def aside(self) -> np.ndarray:
+        """Which blocks are probe text, never trained on."""
+        share = self.config.data.probe_text
+        return np.array([], dtype=np.int64) if share is None else set_aside(len(self.blocks), share)
+
+    @property
+    def trained_blocks(self) -> int:
+        """How many blocks are trained on."""
+        return len(self.blocks) - len(self.aside)
 
     @property
     def keeps_activations(self) -> bool:
@@ -81,6 +92,7 @@ def prepare(config: BenchConfig) -> Prepared:
         for split in ("validation", "test")
     }
     prepared = Prepared(config, base, corpus, blocks, texts)
+    _ = prepared.aside  # says whether the text has room for it
     if prepared.keeps_activations:
         prepared.kept_texts.layouts(
             base.config.hidden_size, config.speed
@@ -150,12 +162,12 @@ def make_plan(prepared: Prepared, model: PeftModel, processes: int = 1, stored_b
     stream = make_stream(prepared, seed=0, rank=0, world=processes)
     flops, blocks, epochs = (
         flop_model(model, config.model.gradient_checkpointing),
-        len(prepared.blocks),
+        prepared.trained_blocks,
         config.training.epochs,
     )
     tokens = blocks * (config.max_length - 1)
     epoch_flops = flops.fresh([(blocks, config.max_length)])
-    saved = flops.prefix.of([(stored_blocks, config.max_length)])
+    saved = flops.prefix.of([(min(stored_blocks, blocks), config.max_length)])
     last_shape = [((blocks - 1) % stream.batch_rows + 1, config.max_length)]
     reused = config.speed.reuse != "off"
     return Plan(
@@ -163,7 +175,7 @@ def make_plan(prepared: Prepared, model: PeftModel, processes: int = 1, stored_b
         tokens=tokens * epochs,
         flops=epoch_flops * epochs - saved * (epochs - 1),
         last_pass_flops=flops.repeat(last_shape) if stored_blocks and epochs > 1 else flops.fresh(last_shape),
-        blocks=len(prepared.blocks),
+        blocks=blocks,
         max_length=config.max_length,
         eval_tokens={split: text.tokens for split, text in prepared.texts.items()},
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -187,6 +199,5 @@ def plan(config: BenchConfig) -> tuple[Prepared, Plan]:
 def make_stream(prepared: Prepared, seed: int, rank: int, world: int) -> BatchStream:
     """The batches of a seed, for one of ``world`` processes."""
     training = prepared.config.training
-    return BatchStream(
-        prepared.blocks, training.batch_size, training.grad_accum, seed, rank=rank, world=world
-    )
+    size, accum = training.batch_size, training.grad_accum
+    return BatchStream(prepared.blocks, size, accum, seed, rank=rank, world=world, aside=prepared.aside)

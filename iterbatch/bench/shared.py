@@ -10,13 +10,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iterbatch.bench.base_losses import BaseLosses
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan, Prepared, make_plan, trackers
 from iterbatch.data.data_loader import order_digest, tokenizer_digest
 from iterbatch.errors import RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
 from iterbatch.evaluation.perplexity import Score, score
-from iterbatch.model.compiled import compiled
+from iterbatch.model.compiled import Compiled, compiled
 from iterbatch.model.cut import CutModel
 from iterbatch.model.load import PRECISION, load_model
 from iterbatch.model.lora import reset_adapter
@@ -70,6 +71,8 @@ class Shared:
         reuse: Where prefix activations come from.
         accelerator: Of the run.
         interrupts: Say whether the run was asked to stop.
+        run_dir: Of the cell.
+        compiled_for: The shapes that layers are compiled for, if they are.
     """
 
     def __init__(
@@ -81,16 +84,24 @@ class Shared:
         reuse: Reuse,
         accelerator: Accelerator,
         interrupts: Interrupts,
+        run_dir: Path,
+        compiled_for: Compiled | None = None,
     ) -> None:
         self.prepared, self.plan, self.config = prepared, plan, prepared.config
         self.model, self.placed, self.reuse = model, placed, reuse
-        self.accelerator, self.interrupts = accelerator, interrupts
+        self.accelerator, self.interrupts, self._compiled = accelerator, interrupts, compiled_for
+        self.base_losses = BaseLosses(self, run_dir)
         # For scoring, where processes may do different numbers of forwards.
         self.cut: CutModel = accelerator.unwrap_model(placed)
         self.prompts, self.human = ([part[side] for part in _prompts(prepared)] for side in (0, 1))
         reset_adapter(model, seed=0)  # a new adapter adds nothing, so this is the base itself
         self.validation = self.score("validation", interrupts.check)
         self.samples = self.sample(interrupts.check)
+
+    def warm(self, shape: tuple[int, int], *, training: bool = True) -> None:
+        """Compile for micro-batches of one more shape, off every arm's clock, where layers are compiled."""
+        if self._compiled is not None:
+            self._compiled.warm(shape, training=training)
 
     def score(self, split: str, between: Between) -> Score:
         """Score a split with the model as it is; ``between`` is called between two groups of windows."""
@@ -165,10 +176,11 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
         with (
             compiled(placed, accelerator, shape)
             if config.speed.compile
-            else contextlib.nullcontext(0.0) as cold_start,
+            else contextlib.nullcontext() as compiled_for,
             open_reuse(prepared.kept_texts, cut, accelerator.device, config.speed, listener.note) as reuse,
             Interrupts() as interrupts,
         ):
+            cold_start = compiled_for.seconds if compiled_for is not None else 0.0
             if cold_start:
                 listener.note(f"layers compiled in {cold_start:.0f} s, off every arm's clock")
             plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
@@ -176,7 +188,7 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
                 content = {**_manifest(prepared, plan), "compile_seconds": cold_start}
                 write_json(run_dir / layout.MANIFEST, content)
             listener.planned(plan, run_dir)
-            yield Shared(prepared, plan, model, placed, reuse, accelerator, interrupts)
+            yield Shared(prepared, plan, model, placed, reuse, accelerator, interrupts, run_dir, compiled_for)
     except (MemoryError, RuntimeError) as problem:
         if not _out_of_memory(problem):
             raise
@@ -194,7 +206,7 @@ def _out_of_memory(problem: BaseException) -> bool:
 
 def _manifest(prepared: Prepared, plan: Plan) -> dict[str, Any]:
     config, corpus = prepared.config, prepared.corpus
-    blocks, training = len(prepared.blocks), config.training
+    blocks, training = prepared.trained_blocks, config.training
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         **environment(),

@@ -25,6 +25,8 @@ from iterbatch.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_SET_ASIDE = 256  # blocks of probe text: their prefix activations stay in memory
+
 # ------------------------------------------------------------------------------------------------------------
 # Documents -> token blocks
 
@@ -137,6 +139,25 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 # Blocks -> batches
 
 
+def set_aside(blocks: int, share: float) -> np.ndarray:
+    """Which blocks are probe text: a share of all, evenly spread, ``MOST_SET_ASIDE`` at most.
+
+    Args:
+        blocks: Of the training text.
+        share: Of them, above 0 and at most a tenth.
+
+    Raises:
+        DataError: where a single block would be more than a tenth.
+    """
+    if blocks < 10:
+        raise DataError(
+            f"the training text has {blocks} blocks, and the probe text of learnable takes at least one, "
+            "more than a tenth of it; give more text or a smaller --max_length, or leave learnable out"
+        )
+    count = min(max(1, round(share * blocks)), MOST_SET_ASIDE, blocks // 10)
+    return ((np.arange(count) + 0.5) * blocks / count).astype(np.int64)
+
+
 def block_order(blocks: int, seed: int, epoch: int) -> np.ndarray:
     """The order of blocks in one epoch: a permutation set by (seed, epoch) and their number alone."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(blocks)
@@ -160,6 +181,7 @@ class BatchStream:
         seed: Sets the order, together with the epoch.
         rank: This process, from 0.
         world: Processes that share each micro-batch.
+        aside: Blocks that are never trained on.
 
     The last batch of an epoch is short where the blocks do not divide evenly; it is a batch like
     any other, token-normalised.
@@ -174,11 +196,14 @@ class BatchStream:
         *,
         rank: int = 0,
         world: int = 1,
+        aside: np.ndarray | None = None,
     ) -> None:
         self.blocks, self.seed, self.rank, self.world = blocks, seed, rank, world
+        self.aside = np.array([], dtype=np.int64) if aside is None else aside
+        self._trained = np.setdiff1d(np.arange(len(blocks)), self.aside)
         self.micro_rows = batch_size * world
         self.batch_rows = self.micro_rows * grad_accum
-        self.batches_per_epoch = -(-len(blocks) // self.batch_rows)
+        self.batches_per_epoch = -(-len(self._trained) // self.batch_rows)
         self.cursor = 0
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
 
@@ -193,12 +218,23 @@ class BatchStream:
 
     def batch(self, index: int) -> Batch:
         """Any batch, by its position counted over all epochs."""
-        rows = self.rows_of(index)
+        return self._batch_of(self.rows_of(index), index, index // self.batches_per_epoch)
+
+    def pieces(self) -> list[Batch]:
+        """The blocks that are set aside, in pieces of a quarter of a batch, none of them short."""
+        size = min(max(1, self.batch_rows // 4), len(self.aside))
+        return [
+            self._batch_of(self.aside[start : start + size], 0, 0)
+            for start in range(0, len(self.aside) - size + 1, max(1, size))
+            if size
+        ]
+
+    def _batch_of(self, rows: np.ndarray, index: int, epoch: int) -> Batch:
         micro_batches = tuple(
             self._micro_batch(rows[start : start + self.micro_rows])
             for start in range(0, len(rows), self.micro_rows)
         )
-        return Batch(micro_batches, index=index, epoch=index // self.batches_per_epoch)
+        return Batch(micro_batches, index=index, epoch=epoch)
 
     def rows_of(self, index: int) -> np.ndarray:
         """Which blocks a batch has, over all processes."""
@@ -207,7 +243,7 @@ class BatchStream:
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, block_order(len(self.blocks), self.seed, epoch))
+            self._order = (epoch, self._trained[block_order(len(self._trained), self.seed, epoch)])
         return self._order[1]
 
     def _micro_batch(self, rows: np.ndarray) -> MicroBatch:

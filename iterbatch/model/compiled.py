@@ -1,4 +1,4 @@
-"""``--compile``: each decoder layer compiled for micro-batches of one shape."""
+"""``--compile``: each decoder layer compiled for the shapes of micro-batches that are asked for."""
 
 import time
 from collections.abc import Iterator
@@ -12,39 +12,74 @@ from iterbatch.errors import ModelError
 from iterbatch.model.attention import attending
 
 
-@contextmanager
-def compiled(placed: Any, accelerator: Any, shape: tuple[int, int]) -> Iterator[float]:
-    """Compile each decoder layer for micro-batches of one shape.
+class Compiled:
+    """Layers that are compiled for some shapes; inputs of any other run uncompiled.
 
-    Inputs of any other shape run uncompiled instead of compiling again.
+    Args:
+        placed: A :class:`CutModel`, prepared by the accelerator.
+        accelerator: Casts as it will in training.
+    """
+
+    def __init__(self, placed: Any, accelerator: Any) -> None:
+        self._placed, self._accelerator = placed, accelerator
+        self._known: set[tuple[tuple[int, int], bool]] = set()
+        self.seconds = 0.0  # of cold starts
+
+    def warm(self, shape: tuple[int, int], *, training: bool = True) -> None:
+        """Compile for a shape: one forward and backward, thrown away; or one forward as in scoring.
+
+        Args:
+            shape: (rows, length) of a micro-batch.
+            training: Whether gradients are needed.
+
+        Raises:
+            ModelError: where nothing can be compiled on this machine.
+        """
+        if (shape, training) in self._known:
+            return
+        start = time.perf_counter()
+        try:
+            with torch.compiler.set_stance("default"):
+                self._run(shape, training)
+        except Exception as problem:  # torch raises many classes here, most of them its own backends'
+            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+            raise ModelError(
+                f"--compile does not work on this machine ({reason}); it needs a C++ compiler. Leave it out"
+            ) from problem
+        self._known.add((shape, training))
+        self.seconds += time.perf_counter() - start
+
+    def _run(self, shape: tuple[int, int], training: bool) -> None:
+        cut = self._accelerator.unwrap_model(self._placed)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self._accelerator.device)
+        micro, was = MicroBatch(ids, ids), cut.training
+        self._placed.train(training)
+        with torch.set_grad_enabled(training), self._accelerator.autocast():
+            nats = self._placed(cut.prefix(micro), micro).sum()
+        if training:
+            nats.backward()
+            cut.zero_grad()
+        self._placed.train(was)
+
+
+@contextmanager
+def compiled(placed: Any, accelerator: Any, shape: tuple[int, int]) -> Iterator[Compiled]:
+    """Compile each decoder layer, for micro-batches of one shape to begin with.
 
     Args:
         placed: A :class:`CutModel`, prepared by the accelerator.
         accelerator: Casts as it will in training.
         shape: (rows, length) of a micro-batch.
 
-    Yields:
-        Seconds of the cold start: one forward and backward, thrown away.
-
     Raises:
         ModelError: where nothing can be compiled on this machine.
     """
-    start, cut = time.perf_counter(), accelerator.unwrap_model(placed)
+    cut = accelerator.unwrap_model(placed)
     layers: list[Any] = [*cut.frozen.layers, *cut.adapted.layers]
     for layer in layers:
         layer.compile(dynamic=False)
-    ids = torch.zeros(shape, dtype=torch.int64, device=accelerator.device)
-    micro = MicroBatch(ids, ids)
+    made = Compiled(placed, accelerator)
     with attending(layers[0].self_attn.config):
-        try:
-            with accelerator.autocast():
-                nats = placed(cut.prefix(micro), micro).sum()
-            nats.backward()
-        except Exception as problem:  # torch raises many classes here, most of them its own backends'
-            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-            raise ModelError(
-                f"--compile does not work on this machine ({reason}); it needs a C++ compiler. Leave it out"
-            ) from problem
-        cut.zero_grad()
+        made.warm(shape)
         with torch.compiler.set_stance("eager_on_recompile"):
-            yield time.perf_counter() - start
+            yield made

@@ -12,6 +12,7 @@ from pathlib import Path
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 TRACKING = "tracking"
+BASE_LOSSES = "base_losses.json"  # where an arm has asked for them
 FIGURES = "figures"
 
 # In the folder of a run or a study
@@ -27,6 +28,7 @@ RESULT = "result.json"  # written last: the arm has ended
 FAILED = "failed.json"  # instead: it crashed
 DOCUMENTS = "documents.json"  # nats and tokens of every scored document
 SAMPLES, SAMPLES_PAGE = "samples.json", "samples.md"
+SCHEDULER = "scheduler.json"  # what learnable has learned
 ADAPTER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -117,6 +117,15 @@ def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
         if isinstance(record, DataError):
             raise record
         yield record
+
+
+def passes_received(records: Iterable[BatchRecord]) -> list[int]:
+    """Passes that each batch of an arm got, whenever they were made."""
+    passes: dict[int, int] = {}
+    for record in records:
+        for batch, made in ((record.batch, record.repeats_done), *((held, 1) for held in record.revisited)):
+            passes[batch] = passes.get(batch, 0) + made
+    return [passes[batch] for batch in sorted(passes)]
 
 
 def read_lines(path: Path, kind: type[Record]) -> Iterator[Record | DataError]:

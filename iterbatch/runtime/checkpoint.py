@@ -56,7 +56,7 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"$tensor": name}
     if isinstance(value, np.ndarray):
-        return {"$array": value.tolist(), "dtype": value.dtype.str}
+        return {"$array": pack(value.tolist(), tensors), "dtype": value.dtype.str}
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
@@ -82,7 +82,7 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "$tensor" in value:
         return tensors[value["$tensor"]]
     if "$array" in value:
-        return np.array(value["$array"], dtype=np.dtype(value["dtype"]))
+        return np.array(unpack(value["$array"], tensors), dtype=np.dtype(value["dtype"]))
     if "$float" in value:
         return float(value["$float"])
     return {unpack(key, tensors): unpack(item, tensors) for key, item in value["$items"]}

@@ -6,18 +6,20 @@ and a card to ``docs/strategies/``.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from iterbatch.config import Knob, knobs_of
-from iterbatch.strategy.base import Adapter, BaseTrainingStrategy, ControlStep, Step
+from iterbatch.strategy.base import BaseTrainingStrategy, ControlStep, Step
 from iterbatch.strategy.controls import (
     ExcessStrategy,
     FixedStrategy,
+    GradientNoiseStrategy,
     HigherLRStrategy,
     InverseStrategy,
     PermutedStrategy,
+    ProfileStrategy,
     RandomStrategy,
     ScaledLRStrategy,
     SelectiveStrategy,
@@ -25,17 +27,12 @@ from iterbatch.strategy.controls import (
     SpacedStrategy,
     WeightedStrategy,
 )
-from iterbatch.strategy.original import (
-    ABRStrategy,
-    BaselineStrategy,
-    LearnableSchedulingStrategy,
-    SlidingWindowStrategy,
-)
+from iterbatch.strategy.learnable import FrozenStrategy, LearnableSchedulingStrategy
+from iterbatch.strategy.original import ABRStrategy, BaselineStrategy, SlidingWindowStrategy
 
 __all__ = [
     "REFERENCE",
     "STRATEGIES",
-    "Adapter",
     "BaseTrainingStrategy",
     "ControlStep",
     "SharedKnob",
@@ -43,6 +40,7 @@ __all__ = [
     "knobs",
     "make_strategy",
     "needs_source",
+    "own_knobs",
 ]
 
 STRATEGIES: dict[str, type[BaseTrainingStrategy]] = {
@@ -52,6 +50,7 @@ STRATEGIES: dict[str, type[BaseTrainingStrategy]] = {
     "window": SlidingWindowStrategy,
     "fixed": FixedStrategy,
     "permuted": PermutedStrategy,
+    "profile": ProfileStrategy,
     "random": RandomStrategy,
     "inverse": InverseStrategy,
     "excess": ExcessStrategy,
@@ -61,6 +60,8 @@ STRATEGIES: dict[str, type[BaseTrainingStrategy]] = {
     "spaced": SpacedStrategy,
     "small_batches": SmallBatchesStrategy,
     "selective": SelectiveStrategy,
+    "gradient_noise": GradientNoiseStrategy,
+    "frozen": FrozenStrategy,
 }
 REFERENCE = "baseline"  # the arm that all others are compared with
 
@@ -85,10 +86,17 @@ class SharedKnob:
 def knobs() -> dict[str, SharedKnob]:
     """The knobs of all strategies, by name."""
     owners: dict[str, list[str]] = {}
-    for strategy, kind in STRATEGIES.items():
-        for name in knobs_of(kind):
+    for strategy in STRATEGIES:
+        for name in own_knobs(strategy):
             owners.setdefault(name, []).append(strategy)
     return {name: _shared(name, strategies) for name, strategies in owners.items()}
+
+
+def own_knobs(strategy: str) -> list[str]:
+    """Names of the knobs that a strategy has; placement is none of one that gives no k."""
+    kind = STRATEGIES[strategy]
+    of_all = () if kind.gives_k else knobs_of(BaseTrainingStrategy)
+    return [name for name in knobs_of(kind) if name not in of_all]
 
 
 def _shared(name: str, strategies: list[str]) -> SharedKnob:
@@ -98,31 +106,36 @@ def _shared(name: str, strategies: list[str]) -> SharedKnob:
         kind = STRATEGIES[strategy]
         defaults.setdefault(getattr(kind, name), []).append(strategy)
         meanings.setdefault(knobs_of(kind)[name].meaning, []).append(strategy)
-    words = "; ".join(f"{', '.join(users)}: {meaning}" for meaning, users in meanings.items())
+    words = "; ".join(f"{_names(users)}: {meaning}" for meaning, users in meanings.items())
     agreed = next(iter(defaults)) if len(defaults) == 1 else None
     if agreed is None:
         rare = [f"{', '.join(users)} {value}" for value, users in list(defaults.items())[1:]]
         words += f". Default: {next(iter(defaults))}; {'; '.join(rare)}"
     first = STRATEGIES[strategies[0]]
-    knob = Knob(words, **dataclasses.asdict(knobs_of(first)[name].range))
+    of_first = knobs_of(first)[name]
+    range_ = dataclasses.asdict(of_first.range)
+    knob = Knob(words, **range_, choices=of_first.choices, also=of_first.also)
     return SharedKnob(name, get_type_hints(first)[name], agreed, knob)
 
 
+def _names(strategies: list[str]) -> str:
+    every = [name for name, kind in STRATEGIES.items() if kind.gives_k]
+    return "every strategy that gives k" if set(every) <= {*strategies, "spaced"} else ", ".join(strategies)
+
+
 def needs_source(name: str) -> bool:
-    """Whether a strategy is made from another arm's passes."""
-    return any(each.name == "source" for each in dataclasses.fields(STRATEGIES[name]))
+    """Whether a strategy is made from another arm."""
+    return bool(STRATEGIES[name].made_from)
 
 
-def make_strategy(
-    name: str, knobs: Mapping[str, Any], seed: int, source: Sequence[int] = ()
-) -> BaseTrainingStrategy:
+def make_strategy(name: str, knobs: Mapping[str, Any], seed: int, source: Any = ()) -> BaseTrainingStrategy:
     """Build a strategy.
 
     Args:
         name: A key of ``STRATEGIES``.
         knobs: Values by name; those that it has none of are left out, None is its own default.
         seed: For a strategy that draws random numbers.
-        source: Passes of each batch of the arm that a control is made from.
+        source: Of the arm that a control is made from: what its ``made_from`` says.
     """
     kind = STRATEGIES[name]
     given = {**knobs, "seed": seed, "source": source}

@@ -19,8 +19,17 @@ import numpy as np
 
 from iterbatch.config import Knob
 from iterbatch.errors import RunError
-from iterbatch.strategy.base import BaseTrainingStrategy, ControlStep, make_repeats
-from iterbatch.strategy.original import ABRStrategy
+from iterbatch.strategy.base import (
+    BASE_LOSSES,
+    GRADIENT_NOISE,
+    MAX_REPEATS,
+    OTHER_PASSES,
+    PASSES,
+    BaseTrainingStrategy,
+    ControlStep,
+)
+from iterbatch.strategy.original import ABRRule, ABRStrategy
+from iterbatch.strategy.placement import SPACED
 
 if TYPE_CHECKING:
     from iterbatch.data.batch import Batch
@@ -55,6 +64,8 @@ class FixedStrategy(BaseTrainingStrategy):
 class _FromSource(BaseTrainingStrategy):
     """Made from the passes that each batch of a finished arm got."""
 
+    made_from: ClassVar[str] = PASSES
+
     source: Sequence[int] = ()
     seed: int = 0
 
@@ -74,31 +85,80 @@ class _FromSource(BaseTrainingStrategy):
 
 
 @dataclass(eq=False)
-class PermutedStrategy(_FromSource):
-    """The source's own run of k, shuffled over batches.
+class _Dealt(_FromSource):
+    """Deals out the source's own run of k, block by block; a longer arm gets it again."""
 
-    All of ABR but the link between a batch's loss and its repeats.
+    block: Annotated[
+        int, Knob("batches within which a run of k is dealt out anew; 0 is the whole run", at_least=0)
+    ] = 0
+    left: list[int] = field(default_factory=list, init=False)  # of the current block, ascending
+    dealt: int = field(default=0, init=False)
+
+    def repeats(self, initial_loss: float) -> int:
+        """One of what is left of the current block."""
+        if not self.left:
+            size = self.block or len(self.source)
+            start = self.dealt % len(self.source)
+            self.left = sorted(self.source[start : start + size])
+        self.dealt += 1
+        return self.left.pop(self.chosen(initial_loss))
+
+    def chosen(self, initial_loss: float) -> int:
+        """Its place in ``left``."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Random state, and what is left of the run."""
+        return {**super().state_dict(), "left": self.left, "dealt": self.dealt}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take both over."""
+        super().load_state_dict(state)
+        self.left, self.dealt = list(state["left"]), state["dealt"]
+
+
+@dataclass(eq=False)
+class PermutedStrategy(_Dealt):
+    """The source's own run of k, shuffled over batches, or within blocks of them.
+
+    All of ABR but the link between a batch's loss and its repeats; within short blocks it keeps when they
+    are made.
     """
 
     summary: ClassVar[str] = "ABR's own run of k, shuffled over batches"
     question: ClassVar[str] = "Does the loss signal matter (which batches are repeated, and when)?"
 
-    left: list[int] = field(default_factory=list, init=False)
+    def chosen(self, initial_loss: float) -> int:
+        """Any."""
+        return int(self.random.integers(len(self.left)))
+
+
+@dataclass(eq=False)
+class ProfileStrategy(_FromSource):
+    """The k of another seed's arm at the same batch number.
+
+    Keeps when ABR repeats; the batches that stand there are others, so which it repeats is broken.
+    """
+
+    summary: ClassVar[str] = "the k of ABR's arm with another seed, at the same batch number"
+    question: ClassVar[str] = "Does it matter which batches are repeated, when only their time is kept?"
+    made_from: ClassVar[str] = OTHER_PASSES
+
+    batch: int = field(default=0, init=False)
 
     def repeats(self, initial_loss: float) -> int:
-        """The next of the shuffled run; a longer arm shuffles it anew."""
-        if not self.left:
-            self.left = self.random.permutation(self.source).tolist()
-        return self.left.pop()
+        """That k; the last one for batches after the source's end."""
+        self.batch += 1
+        return self.source[min(self.batch, len(self.source)) - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Random state, and what is left of the run."""
-        return {**super().state_dict(), "left": self.left}
+        """Batches so far."""
+        return {**super().state_dict(), "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take both over."""
+        """Take them over."""
         super().load_state_dict(state)
-        self.left = list(state["left"])
+        self.batch = state["batch"]
 
 
 @dataclass(eq=False)
@@ -132,30 +192,29 @@ def _recent() -> deque[float]:
 
 
 @dataclass(eq=False)
-class InverseStrategy(ABRStrategy):
-    """ABR upside down: the lowest of the recent losses is treated as ABR treats the highest."""
+class InverseStrategy(_Dealt):
+    """ABR upside down: its own run of k, dealt out so that the lowest losses get the most passes."""
 
-    summary: ClassVar[str] = "ABR upside down: repeats where the loss is low"
+    summary: ClassVar[str] = "ABR upside down: its own run of k, the most passes where the loss ranks lowest"
     question: ClassVar[str] = "Is it high-loss batches that deserve repeats?"
-    rival: ClassVar[str] = ""
 
     losses: deque[float] = field(default_factory=_recent, init=False)
 
-    def repeats(self, initial_loss: float) -> int:
-        """ABR's answer for the loss of the opposite rank; by its own loss while there are few."""
+    def chosen(self, initial_loss: float) -> int:
+        """By the share of recent losses that are above this one; the middle before there are enough."""
         self.losses.append(initial_loss)
         if len(self.losses) < FEWEST:
-            return super().repeats(initial_loss)
-        return super().repeats(
-            loss_of_rank(-initial_loss, [-loss for loss in self.losses], list(self.losses))
-        )
+            return len(self.left) // 2
+        above = sum(loss > initial_loss for loss in self.losses) / (len(self.losses) - 1)
+        return round(above * (len(self.left) - 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """The recent losses."""
-        return {"losses": list(self.losses)}
+        """The recent losses too."""
+        return {**super().state_dict(), "losses": list(self.losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them over."""
+        super().load_state_dict(state)
         self.losses = deque(state["losses"], maxlen=RECENT)
 
 
@@ -169,37 +228,75 @@ class ExcessStrategy(ABRStrategy):
     summary: ClassVar[str] = "ABR on what a batch's loss has above the untrained base's"
     question: ClassVar[str] = "Is difficulty beyond the base's a better signal than difficulty?"
     rival: ClassVar[str] = "abr"
+    needs: ClassVar[str] = BASE_LOSSES
 
     losses: deque[float] = field(default_factory=_recent, init=False)
     excesses: deque[float] = field(default_factory=_recent, init=False)
 
-    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
-        """As every strategy, with the base's loss asked for after the fresh pass."""
-        losses = [step(batch)]
-        planned = 1
-        if math.isfinite(excess := losses[0] - step.base_loss()):
-            self.losses.append(losses[0])
-            self.excesses.append(excess)
-            planned = self.repeats(losses[0])
-        make_repeats(step, losses, planned)
-        return step.record(losses, planned)
-
-    def repeats(self, initial_loss: float) -> int:
-        """ABR's answer for the loss that ranks as the last excess does."""
-        if len(self.losses) >= FEWEST:
-            initial_loss = loss_of_rank(self.excesses[-1], list(self.excesses), list(self.losses))
-        return super().repeats(initial_loss)
+    def decide(self, initial_loss: float, step: ControlStep) -> int:
+        """ABR's answer for the loss that ranks as the batch's excess does."""
+        excess = initial_loss - step.base_loss()
+        if not math.isfinite(excess):
+            return 1
+        self.losses.append(initial_loss)
+        self.excesses.append(excess)
+        if len(self.losses) < FEWEST:
+            return self.repeats(initial_loss)
+        return self.repeats(loss_of_rank(excess, list(self.excesses), list(self.losses)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Recent losses and excesses."""
-        return {"losses": list(self.losses), "excesses": list(self.excesses)}
+        """Recent losses and excesses too."""
+        return {**super().state_dict(), "losses": list(self.losses), "excesses": list(self.excesses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take both over."""
+        """Take all over."""
+        super().load_state_dict(state)
         self.losses, self.excesses = (
             deque(state["losses"], maxlen=RECENT),
             deque(state["excesses"], maxlen=RECENT),
         )
+
+
+def noise_repeats(rows: int, noise_scale: float, max_repeats: int) -> int:
+    """Passes by how large a batch is against the gradient's noise: ``min(int(rows / noise), max_repeats)``.
+
+    A batch well above the simple noise scale averages its noise away: one step does not use up what it says
+    of the gradient. One below it is mostly noise, which a repeat would learn.
+
+    Args:
+        rows: Blocks of the batch, over all processes.
+        noise_scale: In rows, see :meth:`iterbatch.strategy.base.ControlStep.noise_scale`; NaN is no evidence.
+        max_repeats: Most passes, the first included.
+
+    Source: McCandlish et al. 2018, arXiv 1812.06162, for the scale; what is made of it is this project's.
+    """
+    return int(min(max(rows / noise_scale, 1), max_repeats)) if noise_scale > 0 else 1
+
+
+@dataclass(eq=False)
+class GradientNoiseStrategy(BaseTrainingStrategy):
+    """Repeats where the batch is large against the noise of its gradient; nothing is learned."""
+
+    summary: ClassVar[str] = "`min(int(rows / noise scale), max_repeats)`, by its micro-batches' gradients"
+    question: ClassVar[str] = "Does ABR beat a rule that asks how noisy the gradient is?"
+    adapts: ClassVar[bool] = True
+    needs: ClassVar[str] = GRADIENT_NOISE
+
+    max_repeats: Annotated[int, Knob("most passes a batch, the first included", at_least=1)] = MAX_REPEATS
+    rows: int = field(default=0, init=False)
+
+    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
+        """As every strategy, with its size known."""
+        self.rows = sum(rows for rows, _ in batch.shapes)
+        return super().train_batch(batch, step)
+
+    def decide(self, initial_loss: float, step: ControlStep) -> int:
+        """By its size and the noise scale so far."""
+        return noise_repeats(self.rows, step.noise_scale(), self.max_repeats)
+
+    def repeats(self, initial_loss: float) -> int:
+        """1: a loss says nothing of noise."""
+        return 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,16 +304,19 @@ class ExcessStrategy(ABRStrategy):
 
 
 @dataclass(eq=False)
-class ScaledLRStrategy(ABRStrategy):
+class ScaledLRStrategy(ABRRule):
     """One pass, at the learning rate times the k that ABR would give."""
 
     summary: ClassVar[str] = "one pass at k times the learning rate"
+    gives_k: ClassVar[bool] = False
     question: ClassVar[str] = "Is it more than a larger learning rate on the same batches?"
     rival: ClassVar[str] = ""
 
     def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
         """The fresh pass alone."""
-        return step.record([step.scaled(batch, self.repeats)], 1)
+        losses = [step.scaled(batch, self.repeats)]
+        self.observe(losses)
+        return step.record(losses, 1)
 
 
 @dataclass(eq=False)
@@ -224,6 +324,7 @@ class HigherLRStrategy(_FromSource):
     """One pass, at the learning rate times the source's mean k."""
 
     summary: ClassVar[str] = "one pass at mean k times the learning rate"
+    gives_k: ClassVar[bool] = False
     question: ClassVar[str] = "Is it more than a larger learning rate everywhere?"
 
     def repeats(self, initial_loss: float) -> int:
@@ -236,10 +337,11 @@ class HigherLRStrategy(_FromSource):
 
 
 @dataclass(eq=False)
-class WeightedStrategy(ABRStrategy):
+class WeightedStrategy(ABRRule):
     """One pass, its loss weighted by the k that ABR would give over the mean of those so far."""
 
     summary: ClassVar[str] = "one pass with the loss weighted by k over mean k"
+    gives_k: ClassVar[bool] = False
     question: ClassVar[str] = "Is it more than a weight on the loss?"
     rival: ClassVar[str] = ""
 
@@ -256,14 +358,16 @@ class WeightedStrategy(ABRStrategy):
         loss = step.weighted(batch, self.weight)
         if math.isfinite(loss):
             self.total, self.count = self.total + self.repeats(loss), self.count + 1
+        self.observe([loss])
         return step.record([loss], 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sum and number of the k so far."""
-        return {"total": self.total, "count": self.count}
+        """Sum and number of the k so far too."""
+        return {**super().state_dict(), "total": self.total, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take both over."""
+        super().load_state_dict(state)
         self.total, self.count = state["total"], state["count"]
 
 
@@ -273,46 +377,13 @@ class WeightedStrategy(ABRStrategy):
 
 @dataclass(eq=False)
 class SpacedStrategy(ABRStrategy):
-    """ABR's repeats of a batch, spread over later batches.
-
-    One every ``GAP`` batches, from a ring buffer of the ``HELD`` last ones.
-    """
-
-    GAP: ClassVar[int] = 8
-    HELD: ClassVar[int] = 64
+    """ABR with ``--placement spaced``: its repeats of a batch come later, one at a time."""
 
     summary: ClassVar[str] = "ABR's repeats, spread over later batches"
     question: ClassVar[str] = "Does immediacy matter, against the same passes later?"
     rival: ClassVar[str] = ""
 
-    # Batches until it is due, the name it is held under, passes left.
-    waiting: list[tuple[int, int, int]] = field(default_factory=list, init=False)
-
-    def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
-        """The fresh pass, then one pass on each batch that is due."""
-        loss = step(batch)
-        planned = self.repeats(loss) if math.isfinite(loss) else 1
-        waiting = [(due - 1, held, left) for due, held, left in self.waiting]
-        if planned > 1:
-            waiting.append((self.GAP, step.hold(), planned - 1))
-        self.waiting = []
-        for due, held, left in waiting[-self.HELD :]:
-            if due <= 0 and step.affords_repeat():
-                step.revisit(held)
-                due, left = self.GAP, left - 1
-            if left:
-                self.waiting.append((due, held, left))
-        for held in {held for _, held, _ in waiting} - {held for _, held, _ in self.waiting}:
-            step.release(held)
-        return step.record([loss], planned)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is waiting; the batches themselves are held by ``step``."""
-        return {"waiting": self.waiting}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over."""
-        self.waiting = [(due, held, left) for due, held, left in state["waiting"]]
+    placement: str = field(default=SPACED, init=False)
 
 
 @dataclass(eq=False)
@@ -320,9 +391,15 @@ class SmallBatchesStrategy(_FromSource):
     """As many updates as the source makes, each on fresh text: a batch is cut into mean k parts."""
 
     summary: ClassVar[str] = "no repeats: batches cut into mean k parts"
+    gives_k: ClassVar[bool] = False
     question: ClassVar[str] = "Is it more than many small updates on fresh text?"
 
     owed: float = field(default=0.0, init=False)  # parts not made yet, below 1
+
+    @property
+    def cuts(self) -> Sequence[int]:
+        """The numbers of parts around mean k, above 1."""
+        return [parts for parts in {math.floor(self.mean), math.ceil(self.mean)} if parts > 1]
 
     def repeats(self, initial_loss: float) -> int:
         """Every row once."""
@@ -334,7 +411,7 @@ class SmallBatchesStrategy(_FromSource):
         parts = max(1, min(int(self.owed), batch.rows))
         self.owed = min(self.owed - parts, 1.0)
         losses = [step.part(batch, 0, parts)]
-        while len(losses) < parts and step.affords_repeat():
+        while len(losses) < parts and step.affords_part(batch, len(losses), parts):
             losses.append(step.part(batch, len(losses), parts))
         return step.record([sum(losses) / len(losses)], 1)
 
@@ -363,6 +440,7 @@ class SelectiveStrategy(BaseTrainingStrategy):
     """
 
     summary: ClassVar[str] = "a forward on every batch, an update where its loss ranks high"
+    gives_k: ClassVar[bool] = False
     question: ClassVar[str] = "Does it beat choosing batches by their loss?"
 
     seed: int = 0

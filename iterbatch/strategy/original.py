@@ -1,4 +1,7 @@
-"""The four strategies of the original experiment: pure rules of plain numbers under thin classes."""
+"""Three of the four strategies of the original experiment: pure rules of plain numbers under thin classes.
+
+The fourth, which learns, has a room of its own: :mod:`iterbatch.strategy.learnable`.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,16 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
 from iterbatch.config import Knob
-from iterbatch.strategy.base import Adapter, BaseTrainingStrategy, Step, make_repeats
-from iterbatch.strategy.scheduler import MAX_REPEATS, GainLearner
+from iterbatch.strategy.base import MAX_REPEATS, BaseTrainingStrategy
+from iterbatch.strategy.threshold import QUANTILE, Threshold, auto_repeats
 
-if TYPE_CHECKING:
-    from iterbatch.data.batch import Batch
-    from iterbatch.records.record import BatchRecord
+SHARES = (0.1, 1 / 3, 0.5)  # of batches, that a threshold is asked for
 
 # ------------------------------------------------------------------------------------------------------------
 # baseline: every batch once
@@ -27,6 +29,7 @@ class BaselineStrategy(BaseTrainingStrategy):
     """Every batch once: k = 1."""
 
     summary: ClassVar[str] = "once"
+    gives_k: ClassVar[bool] = False
 
     def repeats(self, initial_loss: float) -> int:
         """Always 1."""
@@ -50,65 +53,117 @@ def abr_repeats(loss: float, threshold: float, max_repeats: int) -> int:
     return min(int(loss / threshold), max_repeats) if loss > threshold else 1
 
 
+def abr_threshold(share: float, losses: Sequence[float]) -> float:
+    """The threshold from which :func:`abr_repeats` repeats a share of these losses: it takes twice that."""
+    return float(np.quantile(losses, 1 - share)) / 2
+
+
 @dataclass(eq=False)
-class ABRStrategy(BaseTrainingStrategy):
-    """Adaptive Batch Repetition: the higher the initial loss, the more passes. See :func:`abr_repeats`."""
+class ABRRule(BaseTrainingStrategy):
+    """ABR's answer to how often; what is made of it is a subclass's."""
+
+    loss_threshold: Annotated[
+        float | str,
+        Knob("initial loss, in nats a token, above which a batch is repeated", above=0, also=QUANTILE),
+    ] = 2.0
+    max_repeats: Annotated[int, Knob("most passes a batch, the first included", at_least=1)] = MAX_REPEATS
+
+    @cached_property
+    def threshold(self) -> Threshold:
+        """A number, or a running quantile."""
+        return Threshold(self.loss_threshold)
+
+    def repeats(self, initial_loss: float) -> int:
+        """By the ratio of the initial loss to the threshold, or its distance above a running quantile."""
+        level, spread = self.threshold.now
+        if self.threshold.quantile is None:
+            return abr_repeats(initial_loss, level, self.max_repeats)
+        return auto_repeats(initial_loss, level, spread, self.max_repeats)
+
+    def observe(self, losses: list[float]) -> None:
+        """Let a running quantile follow."""
+        if math.isfinite(losses[0]):
+            self.threshold.note(losses[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a running quantile is taken of."""
+        return {"threshold": self.threshold.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it over."""
+        self.threshold.load_state_dict(state["threshold"])
+
+
+@dataclass(eq=False)
+class ABRStrategy(ABRRule):
+    """Adaptive Batch Repetition: the higher the initial loss, the more passes.
+
+    See :func:`abr_repeats`; :func:`iterbatch.strategy.threshold.auto_repeats` for a threshold that follows.
+    """
 
     summary: ClassVar[str] = (
         "`min(int(loss / threshold), max_repeats)` where its initial loss is above the threshold"
     )
     question: ClassVar[str] = "Does ABR beat training every batch once?"
     rival: ClassVar[str] = "baseline"
+    adapts: ClassVar[bool] = True
 
-    loss_threshold: Annotated[
-        float, Knob("initial loss, in nats a token, above which a batch is repeated", above=0)
-    ] = 2.0
-    max_repeats: Annotated[int, Knob("most passes a batch, the first included", at_least=1)] = MAX_REPEATS
+    def foresee(self, base_loss: float) -> str:
+        """What it makes of a batch as hard as the base finds the text."""
+        if self.threshold.quantile is not None or not math.isfinite(base_loss):
+            return ""
+        passes, first = self.repeats(base_loss), 2 * float(self.loss_threshold)
+        if passes > 1:
+            return ""
+        return (
+            f"the base's loss is {base_loss:.2f}, and at --loss_threshold {self.loss_threshold:g} a batch is "
+            f"repeated from {first:.2f} on: hardly any will be. --loss_threshold auto follows the losses"
+        )
 
-    def repeats(self, initial_loss: float) -> int:
-        """By the ratio of the initial loss to the threshold."""
-        return abr_repeats(initial_loss, self.loss_threshold, self.max_repeats)
+    @classmethod
+    def advice(cls, losses: Sequence[float]) -> str:
+        """The thresholds from which it would repeat a tenth, a third and half of these losses."""
+        found = [f"{abr_threshold(share, losses):.3g}" for share in SHARES]
+        return f"--loss_threshold {found[0]} repeats a tenth of them, {found[1]} a third, {found[2]} half"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # window: trend, level and volatility of the last initial losses
 
 
-def window_repeats(losses: Sequence[float], window_size: int, threshold: float, extra: int) -> int:
-    """Passes from the last initial losses.
+def window_repeats(earlier: Sequence[float], loss: float, threshold: float, extra: int) -> int:
+    """Passes from the earlier losses and the current one.
 
-    Rising and high gets all extra passes, falling and low none, anything else about half.
+    Rising and high gets all extra passes, falling and low none. Anything else is weighed by how far the loss
+    stands above the window: one extra pass for each whole volatility above its mean.
 
     With a line fitted to the window by least squares: *trend* is its rise over the window, *volatility* the
-    standard deviation of the losses around it, *level* the window's mean. The trend counts as
-    rising or falling only where it exceeds the volatility, so that noise is not taken for a trend.
-    Otherwise the adjustment is half of ``extra``, rounded up where the level is high and down where
-    it is low.
+    standard deviation of the losses around it. The trend counts as rising or falling only where it exceeds
+    the volatility, so that noise is not taken for a trend. *Level*: the current loss is high above the
+    threshold.
 
     Args:
-        losses: Initial losses, oldest first, nats a token, the current batch's last.
-        window_size: Losses needed for a decision, >= 2; with fewer there is no evidence and the answer is 1.
-        threshold: Mean loss above which the level is high, nats a token, > 0.
+        earlier: Initial losses of the batches before, oldest first, nats a token; all of them are used.
+        loss: Of the current batch, nats a token.
+        threshold: Loss above which the level is high, nats a token, > 0.
         extra: Most extra passes, >= 0; the total stays within 5.
 
-    Source: the original experiment names the three signals; the thresholds between them are this project's.
+    Source: the original experiment names the regression over earlier losses, and that trend, current loss and
+    volatility decide; how finely the three are weighed is this project's.
     """
-    if len(losses) < window_size:
-        return 1
-    window = np.asarray(losses[-window_size:], dtype=np.float64)
-    position = np.arange(window_size) - (window_size - 1) / 2
-    slope = float(position @ window / (position @ position))
-    trend = slope * (window_size - 1)
-    volatility = float(np.std(window - window.mean() - slope * position))
-    high = float(window.mean()) > threshold
-    # A constant window must not rise by rounding.
+    window = np.asarray(earlier, dtype=np.float64)
+    place = np.arange(len(window)) - (len(window) - 1) / 2
+    slope = float(place @ window / (place @ place))
+    trend = slope * (len(window) - 1)
+    volatility = float(np.std(window - window.mean() - slope * place))
+    # A constant window must neither rise nor scatter by rounding.
     noise = max(volatility, 1e-9 * max(1.0, abs(float(window.mean()))))
-    if trend > noise and high:
+    if trend > noise and loss > threshold:
         adjustment = extra
-    elif trend < -noise and not high:
+    elif trend < -noise and not loss > threshold:
         adjustment = 0
     else:
-        adjustment = -(-extra // 2) if high else extra // 2
+        adjustment = int(min(max((loss - float(window.mean())) / noise, 0), extra))
     return min(1 + adjustment, MAX_REPEATS)
 
 
@@ -116,148 +171,39 @@ def window_repeats(losses: Sequence[float], window_size: int, threshold: float, 
 class SlidingWindowStrategy(BaseTrainingStrategy):
     """Looks back on the last ``window_size`` initial losses. See :func:`window_repeats`."""
 
-    summary: ClassVar[str] = "by trend, level and volatility of the last initial losses"
+    summary: ClassVar[str] = "by the trend of the last losses, the current loss and their volatility"
+    question: ClassVar[str] = "Does the sliding window beat training every batch once?"
+    arm: ClassVar[str] = "window"
+    rival: ClassVar[str] = "baseline"
+    adapts: ClassVar[bool] = True
 
     loss_threshold: Annotated[
-        float, Knob("mean loss of the window, in nats a token, above which the level is high", above=0)
+        float | str,
+        Knob("current loss, in nats a token, above which the level is high", above=0, also=QUANTILE),
     ] = 2.0
     max_repeats: Annotated[int, Knob("most extra passes", at_least=1)] = 1
-    window_size: Annotated[int, Knob("initial losses that it looks back on", at_least=2)] = 5
+    window_size: Annotated[int, Knob("earlier losses that it looks back on", at_least=2)] = 5
 
     def __post_init__(self) -> None:
         self.window: deque[float] = deque(maxlen=self.window_size)
+        self.threshold = Threshold(self.loss_threshold)
 
     def repeats(self, initial_loss: float) -> int:
-        """By trend, level and volatility of the window that ends with this batch."""
-        self.window.append(initial_loss)
-        return window_repeats(list(self.window), self.window_size, self.loss_threshold, self.max_repeats)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The window."""
-        return {"window": list(self.window)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the window."""
-        self.window.clear()
-        self.window.extend(state["window"])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# learnable: a scheduler trained on measured gain
-
-
-@dataclass(frozen=True)
-class _OpenProbe:
-    """A batch whose last pass is still to be measured, on the batch after it."""
-
-    adapter: Adapter  # before that pass
-    features: tuple[float, float]
-    passes: int
-    learning_rate: float
-
-
-@dataclass(eq=False)
-class LearnableSchedulingStrategy(BaseTrainingStrategy):
-    """Repeats while the expected gain of one more pass beats its price; learns the gains from paired probes.
-
-    On a share ``probe_rate`` of the batches it keeps the adapter as it was before the batch's last
-    pass, and lets ``step`` score the next batch under it. That batch's own fresh pass gives its
-    loss with the last pass taken, so their difference is what this one pass was worth on text the
-    model had not seen. Probes need unseen text: after the first epoch the learned policy stays
-    unchanged. See :mod:`iterbatch.strategy.scheduler` for the decision and the network.
-    """
-
-    summary: ClassVar[str] = (
-        "as long as one more pass is expected to gain more than it costs; a small network learns the gains "
-        "from probes"
-    )
-
-    max_repeats: Annotated[int, Knob("most passes a batch, the first included; 5 at most", at_least=1)] = (
-        MAX_REPEATS
-    )
-    probe_rate: Annotated[
-        float,
-        Knob(
-            "share of batches whose last pass is measured on the next fresh batch",
-            at_least=0,
-            at_most=1,
-        ),
-    ] = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.learner = GainLearner(min(self.max_repeats, MAX_REPEATS), self.seed)
-        self._random = np.random.default_rng([self.seed, 1])
-        self._open: _OpenProbe | None = None
-
-    def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
-        """As every strategy; settles the probe of the batch before, and opens this batch's, if any."""
-        probe = self._open
-        score_before = (
-            step.score(batch, probe.adapter) if probe is not None and batch.first_exposure else None
-        )
-        probing = batch.first_exposure and self._random.random() < self.probe_rate
-        # Before the last pass; a pass later, another.
-        kept: list[Adapter] = [step.snapshot()] if probing else []
-        losses = [step(batch)]
-        if probe is not None and score_before is not None:
-            self._settle(probe, score_before - losses[0])
-        planned = self._planned(losses[0], step.price_ratio, explore=probing)
-
-        def keep() -> None:
-            if probing:
-                kept[:] = [step.snapshot()]
-
-        make_repeats(step, losses, planned, before_each=keep)
-        if math.isfinite(losses[0]):
-            self.observe(losses)
-        self._open = None
-        if probing and math.isfinite(losses[0]):
-            features = self.learner.features(losses[0])
-            self._open = _OpenProbe(kept[0], features, len(losses), step.learning_rate)
-        return step.record(losses, planned)
-
-    def repeats(self, initial_loss: float) -> int:
-        """The learned policy at a price ratio of 1, without exploration."""
-        return self._planned(initial_loss, 1.0, explore=False)
+        """By trend and volatility of the window, and the loss itself; 1 while the window is not full."""
+        if len(self.window) < self.window_size:
+            return 1
+        return window_repeats(self.window, initial_loss, self.threshold.now[0], self.max_repeats)
 
     def observe(self, losses: list[float]) -> None:
-        """Standardise the next batch's features with this batch's too."""
-        self.learner.note(losses[0])
-
-    def _planned(self, initial_loss: float, price_ratio: float, explore: bool) -> int:
-        if not math.isfinite(initial_loss):
-            return 1
-        return self.learner.decide(initial_loss, price_ratio, explore)
-
-    def _settle(self, probe: _OpenProbe, gain: float) -> None:
-        if math.isfinite(gain):
-            self.learner.learn(probe.features, probe.passes, gain / probe.learning_rate)
+        """The current loss enters the window."""
+        self.window.append(losses[0])
+        self.threshold.note(losses[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """The learner, the random state, and the open probe with its adapter."""
-        probe = None
-        if self._open is not None:
-            probe = {
-                "adapter": self._open.adapter,
-                "features": list(self._open.features),
-                "passes": self._open.passes,
-                "learning_rate": self._open.learning_rate,
-            }
-        return {
-            "learner": self.learner.state_dict(),
-            "random": self._random.bit_generator.state,
-            "open": probe,
-        }
+        """The window, and what a running quantile is taken of."""
+        return {"window": list(self.window), "threshold": self.threshold.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take all of it over."""
-        self.learner.load_state_dict(state["learner"])
-        self._random.bit_generator.state = state["random"]
-        probe = state["open"]
-        self._open = None
-        if probe is not None:
-            first, second = probe["features"]
-            self._open = _OpenProbe(
-                probe["adapter"], (first, second), probe["passes"], probe["learning_rate"]
-            )
+        """Take both over."""
+        self.window = deque(state["window"], maxlen=self.window_size)
+        self.threshold.load_state_dict(state["threshold"])

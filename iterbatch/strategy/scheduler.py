@@ -2,23 +2,48 @@
 
 What lives here: ``SchedulerLLaMA``, the stopping rule, and the learner that feeds one into the
 other. What does not: batches and probes, which are the strategy's
-(:class:`iterbatch.strategy.LearnableSchedulingStrategy`).
+(:class:`iterbatch.strategy.learnable.LearnableSchedulingStrategy`).
 """
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-MAX_REPEATS = 5  # the original experiment's range is 1 to 5 passes
-MEMORY = 2000  # probes kept for training; old ones describe a model that no longer exists
-ENOUGH = 8  # probes of a pass before its gain is believed
-CLIP_Z = 5.0
+from iterbatch.errors import RunError
+from iterbatch.strategy.base import MAX_REPEATS
+
+VERSION = 1  # of a kept scheduler
+MEMORY = 150  # probes after which one counts a third: old ones describe a model that no longer exists
+KEPT = 2000  # probes kept for training
 RECENT = 256  # batches that the features are standardised over
+SCALE = 64  # gains that their scale is taken of
+ENOUGH = 6  # probes of a pass before it is judged
+CAUTION = 0.6  # standard errors by which a pass must beat its price before it is made
+CURIOSITY = 0.5  # standard errors by which the second may miss its price and still be probed
+STEPS = 20  # of the optimizer, a probe
+CLIP_Z = 5.0
+# Prior: gain of the first pass 0 +- 1 in units of the gains' scale, decay 0.5 +- 0.5.
+PRIOR_PRECISION = (1.0, 4.0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pure rules
+
+
+def gain_curve(first: float, decay: float, passes: int = MAX_REPEATS) -> list[float]:
+    """Expected gain of each pass: m_j = first * decay ** (j - 1)."""
+    return [first * decay**place for place in range(passes)]
+
+
+def gain_rate(gains: Sequence[float], passes: int, price_ratio: float) -> float:
+    """Gain a fresh pass's worth of compute where every batch gets so many passes."""
+    return sum(gains[:passes]) / (1 + (passes - 1) * price_ratio)
 
 
 def stopping_rule(gains_lower: Sequence[float], rate: float, price_ratio: float) -> int:
@@ -40,27 +65,6 @@ def stopping_rule(gains_lower: Sequence[float], rate: float, price_ratio: float)
     return passes
 
 
-class SchedulerLLaMA(nn.Module):
-    """A fully connected net from standardised initial loss and perplexity to each pass's expected gain.
-
-    The number of repeats follows from the gains by :func:`stopping_rule`, so the output lies within
-    1 and ``max_repeats`` by construction.
-    """
-
-    def __init__(self, max_repeats: int = MAX_REPEATS, hidden: int = 16) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, max_repeats))
-        for parameter in self.net[2].parameters():
-            nn.init.zeros_(parameter)  # before any evidence, no pass is expected to gain anything
-
-    def forward(
-        self,
-        features: Tensor,  # (..., 2) standardised loss and perplexity
-    ) -> Tensor:
-        """Expected gains (..., max_repeats), in units of the gains' running scale."""
-        return self.net(features)
-
-
 def standardise(value: float, recent: np.ndarray) -> float:
     """Distance from the mean of recent values in their standard deviations, within +-5.
 
@@ -70,32 +74,119 @@ def standardise(value: float, recent: np.ndarray) -> float:
     return float(np.clip((value - recent.mean()) / deviation, -CLIP_Z, CLIP_Z)) if deviation > 0 else 0.0
 
 
-class GainLearner:
-    """Learns the gain of each pass from probes, and decides.
+def perplexity(loss: Any) -> Any:
+    """exp(loss), for numbers and arrays; a loss above 20 counts as 20."""
+    return np.exp(np.minimum(loss, 20.0))
 
-    ``D`` is the drop of the next fresh batch's loss that one pass brought, over the learning rate
-    it was made with; its mean is the gain m_k of that pass. The network regresses D on the batch's
-    features, for the pass that was probed only. lambda follows the gains and costs of the passes
-    made. Only probed batches explore: by a Thompson draw from the gains' uncertainty, and at random
-    often at first, never less than one time in twenty. All other batches use the gains' lower
-    bounds, so that without evidence every batch is trained once.
+
+# ------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class SchedulerLLaMA(nn.Module):
+    """A fully connected net from standardised initial loss and perplexity to a curve of expected gains.
+
+    Two outputs: the gain of the first pass, and how it decays from pass to pass, between 0 and 1, so that
+    gains fall. The number of passes, 1 to 5, follows from the curve by :func:`stopping_rule`.
+    """
+
+    def __init__(self, hidden: int = 16) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(2, hidden), nn.Linear(hidden, 2)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)  # before any evidence, no pass is expected to gain anything
+
+    def forward(
+        self,
+        features: Tensor,  # (..., 2) standardised loss and perplexity
+    ) -> tuple[Tensor, Tensor]:
+        """Gain of the first pass in units of the gains' scale, and its decay a pass, (...) each."""
+        out = self.out(torch.tanh(self.hidden(features)))
+        return out[..., 0], torch.sigmoid(out[..., 1])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the passes on one batch gained."""
+
+    features: tuple[float, float]  # standardised initial loss and perplexity
+    gains: tuple[float, ...]  # of each pass made, nats a token of the probe text
+    scale: float  # root mean square of the gains around then, nats
+
+    def row(self) -> list[float]:
+        """As numbers: features, scale, gains with NaN for passes that were not made."""
+        return [*self.features, self.scale, *self.gains, *[math.nan] * (MAX_REPEATS - len(self.gains))]
+
+    @classmethod
+    def of(cls, row: Sequence[float]) -> "Probe":
+        """What :meth:`row` gave.
+
+        Raises:
+            ValueError: where a number is missing or not finite.
+        """
+        loss, ppl, scale, *gains = map(float, row)
+        made = tuple(gain for gain in gains if not math.isnan(gain))
+        if not made or len(gains) != MAX_REPEATS or not all(map(math.isfinite, (loss, ppl, scale, *made))):
+            raise ValueError("a probe is damaged")
+        return cls((loss, ppl), made, scale)
+
+
+@dataclass(frozen=True)
+class Belief:
+    """What is expected of a batch at the mean, and how surely: in units of the gains' scale."""
+
+    first: float
+    decay: float
+    covariance: np.ndarray  # (2, 2) of the two
+
+    def edge(self, passes: int, price_ratio: float) -> tuple[float, float]:
+        """What the pass after these gains beyond its price, and the standard error of that."""
+        here = np.array([self.first, self.decay])
+        steps = 1e-4 * np.eye(2)
+        slope = np.array(
+            [
+                (_edge(here + step, passes, price_ratio) - _edge(here - step, passes, price_ratio)) / 2e-4
+                for step in steps
+            ]
+        )
+        return _edge(here, passes, price_ratio), math.sqrt(max(0.0, float(slope @ self.covariance @ slope)))
+
+
+def _edge(curve: np.ndarray, passes: int, price_ratio: float) -> float:
+    gains = gain_curve(float(curve[0]), float(curve[1]))
+    best = max(gain_rate(gains, made, price_ratio) for made in range(1, passes + 1))
+    return gains[passes] - price_ratio * best
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The learner
+
+
+class GainLearner:
+    """Learns what passes gain from probes, and decides.
+
+    A probe gives the gains of the first passes on one batch, in nats on text that is never trained on. They
+    differ a hundredfold between the beginning and the end of a schedule, and so does their noise: each is
+    weighted by its variance, and the network predicts them in units of their scale at the time. Its two
+    outputs say how a first pass and its repeats compare, which is all that the stopping rule asks.
+
+    A pass is made where its expected gain, less ``CAUTION`` standard errors, is above its price, and enough
+    probes have seen it. Probes go one pass further only where the last one is not clearly below its price.
     """
 
     def __init__(self, max_repeats: int = MAX_REPEATS, seed: int = 0) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = SchedulerLLaMA(max_repeats)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=3e-3, weight_decay=1e-4)
+            self.network = SchedulerLLaMA()
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-2)
         self.max_repeats = max_repeats
-        self.random = np.random.default_rng([seed, 2])
         self.recent: deque[float] = deque(maxlen=RECENT)  # initial losses
-        self.probes: deque[tuple[float, float, int, float]] = deque(maxlen=MEMORY)  # two features, passes, D
-        self.seen = 0
-        self.gain, self.cost = 0.0, 0.0  # discounted sums; lambda is their ratio
-        self._margin = np.full(
-            max_repeats, np.inf
-        )  # uncertainty of each gain, in D's unit; inf where hardly probed
-        self._scale = 1.0  # root mean square of D
+        self.probes: deque[Probe] = deque(maxlen=KEPT)
+        self.squares: deque[float] = deque(maxlen=SCALE)  # of the last gains, nats
+        self.gain, self.cost = 0.0, 0.0  # discounted sums, expected and spent; lambda is their ratio
+        self._belief: Belief | None = None
+
+    # -- deciding --------------------------------------------------------------------------------------------
 
     def features(self, loss: float) -> tuple[float, float]:
         """Initial loss and perplexity, standardised by the last batches."""
@@ -106,88 +197,167 @@ class GainLearner:
         """Take a batch's initial loss into the standardisation."""
         self.recent.append(loss)
 
-    def decide(self, loss: float, price_ratio: float, explore: bool) -> int:
+    def decide(self, loss: float, price_ratio: float) -> int:
         """Passes for a batch of this initial loss, at this price of a repeat."""
-        gains = self.gains(loss)
-        if not explore:
-            passes = stopping_rule((gains - self._margin).tolist(), self.rate, price_ratio)
-        elif self.random.random() < self.exploration:
-            passes = int(self.random.integers(1, self.max_repeats + 1))
-        else:  # a Thompson draw: passes whose gain is not known yet are tried more often
-            drawn = gains + self._margin * self.random.normal(size=self.max_repeats)
-            passes = stopping_rule(drawn.tolist(), self.rate, price_ratio)
-        self.gain = 0.99 * self.gain + float(gains[:passes].sum())
+        if self._belief is None:
+            return 1
+        features = self.features(loss)
+        gains = self.expected(features)
+        surplus = [
+            gain - CAUTION * self._error(place, price_ratio, features) for place, gain in enumerate(gains)
+        ]
+        passes = stopping_rule(surplus, self.rate(price_ratio), price_ratio)
+        self.gain = 0.99 * self.gain + sum(gains[:passes])
         self.cost = 0.99 * self.cost + 1 + (passes - 1) * price_ratio
         return passes
 
-    @property
-    def rate(self) -> float:
-        """lambda: expected gain a fresh pass's worth of compute, over about the last hundred batches."""
-        return max(0.0, self.gain / self.cost) if self.cost else 0.0
+    def curious(self, made: int, price_ratio: float) -> bool:
+        """Whether a probe that has measured so many passes should measure one more."""
+        if made >= self.max_repeats:
+            return False
+        if self._belief is None or self._seen(made) < ENOUGH:
+            return made == 1  # the last one is hardly known itself
+        if made == 1:
+            edge, error = self._belief.edge(1, price_ratio)
+            return edge + CURIOSITY * error > 0 or self._seen(2) < ENOUGH
+        return self._belief.edge(made - 1, price_ratio)[0] > 0
 
-    @property
-    def exploration(self) -> float:
-        """Share of probed batches with random passes: from 0.5, halved after 50 probes, floor 0.05."""
-        return max(0.05, 0.5 / (1 + self.seen / 50))
+    def rate(self, price_ratio: float) -> float:
+        """lambda: gain expected of a fresh pass's worth of compute, over about the last hundred batches."""
+        if self.cost:
+            return max(0.0, self.gain / self.cost)
+        assert self._belief is not None
+        gains = gain_curve(self._belief.first, self._belief.decay)
+        return max(0.0, *(gain_rate(gains, passes, price_ratio) for passes in range(1, self.max_repeats + 1)))
 
-    def gains(self, loss: float) -> np.ndarray:
-        """(max_repeats,) expected gain of each pass, in D's own unit."""
+    def expected(self, features: tuple[float, float]) -> list[float]:
+        """Expected gain of each pass on such a batch, in units of the gains' scale."""
         with torch.no_grad():
-            return self._scale * self.network(torch.tensor(self.features(loss))).double().numpy()
+            first, decay = (float(each) for each in self.network(torch.tensor(features)))
+        return gain_curve(first, decay, self.max_repeats)
 
-    def learn(self, features: tuple[float, float], passes: int, gain: float) -> None:
-        """Take in one probe: D of the last of ``passes`` passes on a batch with these features."""
-        self.probes.append((*features, passes, gain))
-        self.seen += 1
-        if self.seen <= 32 or self.seen % 8 == 0:
-            self._fit()
+    @property
+    def scale(self) -> float:
+        """Root mean square of the last gains, nats a token; 0 before there is one."""
+        return math.sqrt(sum(self.squares) / len(self.squares)) if self.squares else 0.0
 
-    def _fit(self, rounds: int = 16) -> None:
-        """A few regression steps over the kept probes, then the margins."""
-        rows = torch.tensor(list(self.probes), dtype=torch.float32)
-        self._scale = max(float(rows[:, 3].square().mean().sqrt()), 1e-12)
-        inputs, picked, target = rows[:, :2], rows[:, 2].long() - 1, rows[:, 3] / self._scale
-        for _ in range(rounds):
-            predicted = self.network(inputs).gather(1, picked[:, None])[:, 0]
-            loss = (predicted - target).square().mean()
+    def _error(self, place: int, price_ratio: float, features: tuple[float, float]) -> float:
+        """Standard error of a pass's surplus; a batch away from the mean is known less well than the mean."""
+        if place == 0:
+            return 0.0
+        if self._belief is None or self._seen(place + 1) < ENOUGH:
+            return math.inf
+        error = self._belief.edge(place, price_ratio)[1]
+        return error * math.sqrt(1 + features[0] ** 2 + features[1] ** 2)
+
+    def _seen(self, passes: int) -> int:
+        return sum(len(probe.gains) >= passes for probe in self.probes)
+
+    # -- learning --------------------------------------------------------------------------------------------
+
+    def learn(self, features: tuple[float, float], gains: Sequence[float]) -> None:
+        """Take in one probe: the gains of the first passes on a batch with these features, in nats."""
+        self.squares.extend(gain * gain for gain in gains)
+        self.probes.append(Probe(features, tuple(gains), max(self.scale, 1e-12)))
+        self._fit()
+
+    def _fit(self) -> None:
+        """A few regression steps over the kept probes, newer ones weighing more, then the belief."""
+        rows = torch.tensor([probe.row() for probe in self.probes], dtype=torch.float32)
+        features, gains = rows[:, :2], rows[:, 3:] / rows[:, 2:3]
+        age = torch.arange(len(rows) - 1, -1, -1)
+        weight = (1 - 1 / MEMORY) ** age[:, None] * ~gains.isnan()
+        gains = gains.nan_to_num()
+        places = torch.arange(MAX_REPEATS)
+        layers = (self.network.hidden, self.network.out)
+        for _ in range(STEPS):
+            first, decay = self.network(features)
+            predicted = first[:, None] * decay[:, None].clamp(min=1e-6) ** places
+            # The prior: that batches do not differ, that the first gain is near 0 and the decay near a half.
+            alike = sum(layer.weight.square().sum() for layer in layers)
+            prior = self.network.out.bias[0].square() + 0.25 * self.network.out.bias[1].square()
+            misfit = (weight * (gains - predicted).square()).sum()
+            loss = (misfit + prior + 0.1 * len(rows) ** 0.5 * alike) / weight.sum().clamp(min=1)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+        self._believe(features, gains, weight)
+
+    def _believe(self, features: Tensor, gains: Tensor, weight: Tensor) -> None:
+        """Mean curve over the kept probes, and its covariance by the curvature of the fit and the prior."""
         with torch.no_grad():
-            residual = target - self.network(inputs).gather(1, picked[:, None])[:, 0]
-        spread = float(residual.square().mean().sqrt()) * self._scale
-        counts = np.bincount(picked.numpy(), minlength=self.max_repeats)
-        # A batch away from the mean is known less well than the mean: 1.5 standard errors of the mean
-        # stand for both.
-        self._margin = np.where(counts >= ENOUGH, 1.5 * spread / np.sqrt(np.maximum(counts, 1)), np.inf)
+            first, decay = self.network(features)
+            predicted = first[:, None] * decay[:, None] ** torch.arange(MAX_REPEATS)
+            share = weight[:, 0] / weight[:, 0].sum()
+            mean_first, mean_decay = float((first * share).sum()), float((decay * share).sum())
+            noise = max(float((weight * (gains - predicted).square()).sum() / weight.sum()), 1e-6)
+        precision = np.diag(PRIOR_PRECISION)
+        for place, count in enumerate(weight.sum(dim=0).tolist()):
+            slope = mean_first * place * mean_decay ** (place - 1) if place else 0.0
+            toward = np.array([mean_decay**place, slope])
+            precision = precision + count / noise * np.outer(toward, toward)
+        self._belief = Belief(mean_first, mean_decay, np.linalg.inv(precision))
+
+    # -- kept ------------------------------------------------------------------------------------------------
+
+    def start_from(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """Begin with what other arms have learned: their probes, in turn.
+
+        Raises:
+            RunError: where one of them is of another version or damaged.
+        """
+        pools = [probes_of(each) for each in kept]
+        mixed = [pool[place] for place in range(max(map(len, pools))) for pool in pools if place < len(pool)]
+        self.probes.extend(mixed)
+        self.squares.extend(gain * gain for probe in mixed[-SCALE:] for gain in probe.gains)
+        for _ in range(25):  # from nothing to where steady learning would have come
+            self._fit()
 
     def state_dict(self) -> dict[str, Any]:
-        """Network, optimizer, probes, scales and random state."""
+        """Network, optimizer, probes, scales and belief."""
+        belief = self._belief
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": self.random.bit_generator.state,
             "recent": np.array(self.recent),  # arrays: a checkpoint may copy this state before every batch
-            "probes": np.array(self.probes, dtype=np.float64).reshape(-1, 4),
-            "seen": self.seen,
+            "probes": self.rows(),
+            "squares": np.array(self.squares),
             "gain": self.gain,
             "cost": self.cost,
-            "scale": self._scale,
-            "margin": [margin if math.isfinite(margin) else None for margin in self._margin.tolist()],
+            "belief": None if belief is None else [belief.first, belief.decay, belief.covariance],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.random.bit_generator.state = state["random"]
         self.recent = deque(state["recent"].tolist(), maxlen=RECENT)
-        self.probes = deque(((a, b, int(k), d) for a, b, k, d in state["probes"].tolist()), maxlen=MEMORY)
-        self.seen, self.gain, self.cost = state["seen"], state["gain"], state["cost"]
-        self._scale = state["scale"]
-        self._margin = np.array([math.inf if margin is None else margin for margin in state["margin"]])
+        self.probes = deque(map(Probe.of, state["probes"].tolist()), maxlen=KEPT)
+        self.squares = deque(state["squares"].tolist(), maxlen=SCALE)
+        self.gain, self.cost = state["gain"], state["cost"]
+        self._belief = None if state["belief"] is None else Belief(*state["belief"])
+
+    def rows(self) -> np.ndarray:
+        """(probes, 8) what :meth:`Probe.row` says of each."""
+        return np.array([probe.row() for probe in self.probes]).reshape(-1, 3 + MAX_REPEATS)
 
 
-def perplexity(loss: Any) -> Any:
-    """exp(loss), for numbers and arrays; a loss above 20 counts as 20."""
-    return np.exp(np.minimum(loss, 20.0))
+def probes_of(kept: Mapping[str, Any]) -> list[Probe]:
+    """The probes of a kept scheduler.
+
+    Raises:
+        RunError: where it is of another version, damaged, or has learned nothing.
+    """
+    if kept.get("version") != VERSION:
+        raise RunError(
+            f"the scheduler is of version {kept.get('version')}; this one reads version {VERSION}: "
+            "train learnable again"
+        )
+    try:
+        rows = [[math.nan if value is None else value for value in row] for row in kept["probes"]]
+        found = [Probe.of(row) for row in rows]
+    except (KeyError, TypeError, ValueError) as problem:
+        raise RunError(f"the scheduler is damaged ({problem}); train learnable again") from problem
+    if not found:
+        raise RunError("the scheduler has no probes: its run was too short to learn anything")
+    return found

@@ -85,18 +85,28 @@ class Pair:
         training = self.cell.config.training
         by_seconds = training.match == "seconds" and training.budget is None
         wanted = self.arm.source or (REFERENCE if by_seconds and self.arm.strategy != REFERENCE else None)
-        mine = (self.cell.name, self.seed, wanted)
+        seed = self.arm.source_seed(self.seed) if self.arm.source else self.seed
+        mine = (self.cell.name, seed, wanted)
         return next((pair for pair in pairs if (pair.cell.name, pair.seed, pair.arm.name) == mine), None)
 
 
 def pairs_of(study: Study, run_dir: Path) -> list[Pair]:
-    """All pairs, seed by seed within a cell, so that a study that is cut short has whole pairings."""
-    return [
+    """All pairs, seed by seed within a cell, so that a study that is cut short has whole pairings.
+
+    One that is made from another seed's arm comes after that.
+    """
+    left = [
         Pair(cell, arm, seed, run_dir)
         for cell in study.cells
         for seed in cell.config.training.seeds
         for arm in cell.arms
     ]
+    found: list[Pair] = []
+    while left:
+        ready = next((each for each in left if each.waits_for(left) is None), left[0])
+        left.remove(ready)
+        found.append(ready)
+    return found
 
 
 class Engine(Protocol):

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from iterbatch.bench.arm import make_arm
+from iterbatch.checks import check_placement, unknown_strategy, with_probe_text
 from iterbatch.checks import settings as all_settings
-from iterbatch.checks import unknown_strategy
 from iterbatch.config import NOT_SAVED, UNITS
 from iterbatch.errors import ConfigError, UserError, did_you_mean, first_line
 from iterbatch.flags import CompareFlags, flag_words, parse
 from iterbatch.plain_yaml import editor, key_lines, parse_yaml
 from iterbatch.records.write import write_text
-from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source
+from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, own_knobs
 from iterbatch.study.pairs import Cell, Study
 
 ARM_TRAINING = ("lr", "warmup", "weight_decay", "clip_norm")
@@ -127,6 +127,7 @@ def study_of_flags(words: Sequence[str]) -> Study:
         ConfigError: where they lack the baseline, or anything else is wrong.
     """
     config = _flags(_words(DEFAULTS), words).config()
+    check_placement(config)
     if REFERENCE not in config.strategy.strategies:
         raise ConfigError(f"--strategies lacks '{REFERENCE}', which all others are compared with; add it")
     arms = tuple(make_arm(name, {}, config) for name in config.strategy.strategies)
@@ -240,6 +241,11 @@ def _check_arms(source: _Source, cell: str) -> None:
             other = f"arm '{REFERENCE}' has the strategy '{strategy}'"
             message = f"{other}; all others are compared with every batch once"
             source.complain((*place, "strategy"), message)
+        elif foreign := [key for key in own if key in knobs() and key not in own_knobs(strategy)]:
+            for key in foreign:
+                has = ", ".join(own_knobs(strategy)) or "none"
+                message = f"arm '{name}' sets {key}, which {strategy} has not; its own knobs: {has}"
+                source.complain((*place, key), message)
         elif needs_source(strategy):
             _check_source(source, place, str(own.get("source", "abr")), before)
         before.append(name)
@@ -272,6 +278,7 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
     try:
         file_words = [*_words(settings), "--strategies", REFERENCE]
         config = _flags(file_words, words).config()
+        config = with_probe_text(config, [_strategy_of(source, name, arm) for arm in source.table("arms")])
     except SystemExit as ended:
         if ended.code:
             raise ConfigError(f"{where}: a setting has a value of another kind (see above)") from ended
@@ -294,6 +301,11 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
             source.complain(("arms", arm), f"arm '{arm}': {problem}")
     source.stop()
     return Cell(name, config, tuple(arms))
+
+
+def _strategy_of(source: _Source, cell: str, arm: str) -> str:
+    of_cell = source.table("cells", cell, "arms", arm) if cell else {}
+    return str({**source.table("arms", arm), **of_cell}.get("strategy", arm))
 
 
 def _typed(settings: Settings, file_words: Sequence[str], words: Sequence[str]) -> Settings:

@@ -148,8 +148,12 @@ class Allowance:
         return self.spent(ledger) > self.amount - 0.5 * (self.last_pass or self._pass(ledger))
 
     def schedule_fraction(self, ledger: Ledger) -> float:
-        """Fraction at the middle of the coming pass, where the learning rate stands: above 0, at most 1."""
-        return min(1.0, self.fraction(ledger) + 0.5 * self._pass(ledger) / self.amount)
+        """Fraction at the middle of the coming pass, where the learning rate stands: above 0, below 1.
+
+        A pass beyond the middle of the last one stands there too: none is made at a learning rate of 0.
+        """
+        half = 0.5 * self._pass(ledger) / self.amount
+        return min(max(1.0 - half, 0.5), self.fraction(ledger) + half)
 
     def _pass(self, ledger: Ledger) -> float:
         """An average pass, in the unit: the baseline's.

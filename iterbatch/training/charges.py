@@ -73,6 +73,12 @@ class Charges:
         self.ledger.flops_probe += self.prices.forward(shapes) - self.prices.prefix.of(shapes)
         self.ledger.flops_probe += 0.0 if self.keeps else prefix
 
+    def piece(self, batch: OpenBatch) -> None:
+        """Charge a forward on probe text, and its prefix where that was computed for it."""
+        shapes = batch.batch.shapes
+        self.ledger.flops_probe += self._prefix(batch)
+        self.ledger.flops_probe += self.prices.forward(shapes) - self.prices.prefix.of(shapes)
+
     def _count(self, made: Pass, batch: OpenBatch) -> None:
         ledger = self.ledger
         ledger.tokens_trained += batch.label_tokens

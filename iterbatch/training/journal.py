@@ -7,21 +7,14 @@ stopped, the verbs of ``step`` give the answers of then and spend nothing; from 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from torch import Tensor
 
 from iterbatch.training.open_batch import Bill
 
 if TYPE_CHECKING:
     from iterbatch.data.batch import Batch
-
-
-class Snapshot(dict[str, Tensor]):
-    """A copy of the adapter, by parameter."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +30,14 @@ class Reading:
 class Entry:
     """One answer."""
 
-    # Of a snapshot a weak reference: a copy that the strategy has let go of is let go of here too.
     answer: Any
     reading: Reading
 
     def packed(self) -> list[Any]:
-        """As plain values and tensors."""
-        answer = self.answer() if isinstance(self.answer, weakref.ref) else self.answer
+        """As plain values."""
         reading = self.reading
         return [
-            answer,
+            self.answer,
             reading.learning_rate,
             reading.gradient_norm,
             reading.bill.flops,
@@ -57,7 +48,6 @@ class Entry:
     def unpacked(cls, state: list[Any]) -> Entry:
         """What :meth:`packed` gave."""
         answer, learning_rate, gradient_norm, flops, seconds = state
-        answer = Snapshot(answer) if isinstance(answer, dict) else answer
         return cls(answer, Reading(learning_rate, gradient_norm, Bill(flops, seconds)))
 
 
@@ -90,8 +80,7 @@ class Journal:
 
     def write(self, answer: Any, reading: Reading) -> None:
         """Write an answer down."""
-        kept = weakref.ref(answer) if isinstance(answer, Snapshot) else answer
-        self._given.append(Entry(kept, reading))
+        self._given.append(Entry(answer, reading))
 
     def state_dict(self) -> dict[str, Any]:
         """All answers about the current batch."""

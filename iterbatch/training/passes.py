@@ -11,12 +11,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from iterbatch.model.lora import adapter_parameters, copy_adapter, set_adapter
+from iterbatch.model.lora import adapter_parameters
+from iterbatch.training.noise import GradientNoise
 from iterbatch.training.open_batch import OpenBatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim import Optimizer
+
+
+LEAST_WARMUP = 10  # updates: Adam's averages mean little before
+
+
+def warmup_share(warmup: float, passes: int) -> float:
+    """Share of the budget for the rise: at least ``LEAST_WARMUP`` updates, at most half of it.
+
+    Args:
+        warmup: Share that was asked for.
+        passes: Fresh passes that the budget pays for.
+    """
+    return max(warmup, min(LEAST_WARMUP / passes, 0.5))
 
 
 def schedule(fraction: float, warmup: float) -> float:
@@ -73,10 +87,12 @@ class Passes:
         batch: OpenBatch,
         rate: float,  # learning rate of the update
         adjust: Callable[[float], None] | None = None,
+        noise: GradientNoise | None = None,
     ) -> Pass:
         """One pass over a batch, with its update.
 
-        ``adjust`` is given the loss, if it is finite, before the update, at the price of a wait for it.
+        ``adjust`` is given the loss, if it is finite, before the update, at the price of a wait for it;
+        ``noise`` looks at the gradient of each micro-batch.
         """
         self.take_rate(rate)
         nats, last = torch.zeros((), device=self.accelerator.device), len(batch.batch.micro_batches) - 1
@@ -89,6 +105,8 @@ class Passes:
                 # the mean a token.
                 self.accelerator.backward(micro_nats * (self.accelerator.num_processes / batch.label_tokens))
             nats += micro_nats.detach()
+            if noise is not None and index < last:
+                noise.micro_batch(self._gradients, micro, batch)
         if adjust is not None and math.isfinite(known := float(self.total(nats)) / batch.label_tokens):
             adjust(known)
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm))
@@ -99,30 +117,27 @@ class Passes:
         # Read off the device only now, with the update queued: an accelerator never idles for the decision.
         loss, norm = torch.stack([self.total(nats) / batch.label_tokens, norm]).tolist()
         # ------------------------------------------------------------------------------------------------
+        if noise is not None:
+            noise.batch(norm, batch, self.totals)
         return Pass(loss, norm)
 
-    def score(self, batch: OpenBatch, adapter: dict[str, Tensor] | None = None) -> Tensor:
-        """Nats of each row under an adapter, without gradients; the adapter in training is put back.
-
-        Args:
-            batch: To be scored.
-            adapter: By parameter; default: the one in training.
-
-        Returns:
-            (rows,) on this process.
-        """
-        current = copy_adapter(self.model)
-        set_adapter(self.model, adapter or current)
+    def score(self, batch: OpenBatch) -> Tensor:
+        """Nats of each row as the adapter is now, without gradients or dropout; (rows,) on this process."""
+        self.model.eval()  # dropout would hide what a pass gained
         with torch.no_grad(), self.accelerator.autocast():
             micro_batches = enumerate(batch.batch.micro_batches)
             nats = [self.model(batch.hidden(index), micro).sum(dim=1) for index, micro in micro_batches]
-        set_adapter(self.model, current)
+        self.model.train()
         return torch.cat(nats)
 
     def take_rate(self, rate: float) -> None:
         """Set the learning rate of the next update."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+
+    @property
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def weigh_gradient(self, weight: float) -> None:
         """Multiply the gradient that is there."""

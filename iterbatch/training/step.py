@@ -7,20 +7,19 @@ What does not live here: how often a batch is repeated (:mod:`iterbatch.strategy
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import numpy as np
 
 from iterbatch.data.batch import Batch
-from iterbatch.model.lora import copy_adapter
 from iterbatch.records.record import BatchRecord
-from iterbatch.training.base_losses import BaseLosses
 from iterbatch.training.charges import Account, Charges
-from iterbatch.training.journal import Journal, Reading, Snapshot, journalled
+from iterbatch.training.journal import Journal, Reading, journalled
+from iterbatch.training.noise import GradientNoise
 from iterbatch.training.open_batch import Bill, OpenBatch
-from iterbatch.training.passes import Pass, Passes, schedule
+from iterbatch.training.passes import Pass, Passes, schedule, warmup_share
 
 if TYPE_CHECKING:
     from iterbatch.reuse.prefix import PrefixSource
@@ -33,6 +32,15 @@ class StepSettings:
     lr: float  # peak learning rate
     warmup: float = 0.03  # share of the budget
     reuse: bool = True  # keep the prefix activations of a batch for its repeats
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What only some strategies ask a step for."""
+
+    pieces: Sequence[Batch] = ()  # of the probe text
+    base_losses: np.ndarray | None = None  # (blocks,) nats of each training block under the base
+    noise: bool = False  # measure the gradient's noise
 
 
 def _whole(batch: Batch, *_: Any) -> tuple[Batch, Batch]:
@@ -52,6 +60,7 @@ class TrainingStep:
         settings: Learning rate and reuse.
         source: Of the training text's prefix activations.
         batch_at: Any batch of the stream by its index, for batches that were held when a checkpoint was made.
+        extras: What the strategy needs besides.
 
     Its answers about the current batch are part of its state: see :mod:`iterbatch.training.journal`.
     """
@@ -63,16 +72,18 @@ class TrainingStep:
         settings: StepSettings,
         source: PrefixSource,
         batch_at: Callable[[int], Batch],
+        extras: Extras | None = None,
     ) -> None:
-        self.passes, self.settings = passes, settings
+        self.passes, self.settings, self.extras = passes, settings, extras or Extras()
         self.ledger, self.allowance, self.prices = account.ledger, account.allowance, account.prices
         self.journal = Journal()
         self.after_pass: Callable[[], None] = lambda: None  # may be set: a checkpoint can be made there
         self.learning_rate = 0.0
         self._source, self._batch_at = source, batch_at
         self.charges = Charges(account, passes, keeps=settings.reuse and source.model.cut > 0)
-        self._base_losses = BaseLosses(passes, self.charges)
+        self._noise = GradientNoise(passes.accelerator) if self.extras.noise else None
         self._gradient_norm = 0.0
+        self._pieces: dict[int, OpenBatch] = {}  # of the probe text that have been scored, by number
         self._held: dict[int, OpenBatch] = {}  # by index: batches for later
         self._begun = (0.0, 0, 0.0)  # FLOPs, skipped updates and seconds when the current batch began
         self._revisited: list[int] = []  # while the current batch was
@@ -83,7 +94,7 @@ class TrainingStep:
     @journalled(opens=_whole, passes=True)
     def __call__(self, batch: Batch) -> float:
         """Fresh pass on a new batch, and its update. Returns the initial loss, mean nats a label token."""
-        return self._fresh(self.passes.make(self._batch, self._rate()))
+        return self._fresh(self.passes.make(self._batch, self._rate(), noise=self._noise))
 
     @journalled(passes=True)
     def again(self) -> float:
@@ -101,17 +112,18 @@ class TrainingStep:
         return self.charges.price_ratio(self._batch)
 
     @journalled()
-    def snapshot(self) -> Snapshot:
-        """A copy of the adapter."""
-        return Snapshot(copy_adapter(self.passes.model))
+    def probe(self, number: int) -> float:
+        """Loss of a piece of the probe text, as the adapter is now; numbers go round the pieces.
 
-    @journalled(opens=_whole)
-    def score(self, batch: Batch, adapter: dict[str, Tensor]) -> float:
-        """Loss of a batch under a saved adapter, charged as a probe.
-
-        Its activations stay for its fresh pass.
+        Price: a forward of the adapted part; of the prefix too, the first time.
         """
-        return self._probe(adapter)
+        number %= len(self.extras.pieces)
+        piece = self._pieces.get(number) or self._opened(self.extras.pieces[number])
+        if self.charges.keeps:
+            self._pieces[number] = piece
+        loss = float(self.passes.total(self.passes.score(piece).sum())) / piece.label_tokens
+        self.charges.piece(piece)
+        return loss
 
     def record(self, losses: list[float], planned: int, done: int | None = None) -> BatchRecord:
         """The record of the current batch, with all that was charged since it began, a probe included.
@@ -180,7 +192,9 @@ class TrainingStep:
 
         Price: a forward, as a probe; the prefix is there for the fresh pass, if one follows.
         """
-        return self._probe(None)
+        loss = float(self.passes.total(self.passes.score(self._batch).sum())) / self._batch.label_tokens
+        self.charges.probe(self._batch)
+        return loss
 
     @journalled(passes=True)
     def skip(self) -> None:
@@ -189,11 +203,22 @@ class TrainingStep:
 
     @journalled()
     def base_loss(self) -> float:
-        """Loss of the current batch under the base.
+        """Loss of the current batch under the base, from the table. Price: none here."""
+        assert self.extras.base_losses is not None
+        blocks = [block for micro in self._batch.batch.micro_batches for block in micro.blocks or ()]
+        return self.passes.totals(float(self.extras.base_losses[blocks].sum()))[0] / self._batch.label_tokens
 
-        Price: a forward of the adapted part, as a probe, the first time a block is met.
-        """
-        return self._base_losses.of(self._batch)
+    @journalled()
+    def noise_scale(self) -> float:
+        """Simple noise scale of the gradient, in rows, over the fresh passes so far. Price: none."""
+        return math.nan if self._noise is None else self._noise.scale
+
+    @journalled()
+    def affords_part(self, batch: Batch, number: int, parts: int) -> bool:
+        """Whether the budget has room for a share of a batch's rows, as a fresh pass."""
+        part = batch.part(number, parts)
+        tokens = int(self.passes.totals(part.label_tokens)[0])
+        return self.allowance.affords(self.ledger, self.prices.fresh(part.shapes), tokens)
 
     def hold(self) -> int:
         """Keep the current batch, with its prefix activations, for later. Price: their memory."""
@@ -243,20 +268,14 @@ class TrainingStep:
     def _rate(self) -> float:
         """Learning rate of the coming pass: its place on the schedule, halved for each rollback."""
         fraction = self.allowance.schedule_fraction(self.ledger)
-        share = schedule(fraction, self.settings.warmup) * 0.5**self.ledger.rollbacks
+        rise = warmup_share(self.settings.warmup, self.allowance.baseline_passes)
+        share = schedule(fraction, rise) * 0.5**self.ledger.rollbacks
         self.learning_rate = self.settings.lr * share
         return self.learning_rate
 
     def _fresh(self, made: Pass, *, counts: bool = True) -> float:
         self._gradient_norm = made.gradient_norm
         return self.charges.fresh(made, self._batch, counts=counts)
-
-    def _probe(self, adapter: dict[str, Tensor] | None) -> float:
-        """Loss of the current batch without gradients, under a given adapter or the one in training."""
-        nats = self.passes.total(self.passes.score(self._batch, adapter).sum())
-        loss = float(nats) / self._batch.label_tokens
-        self.charges.probe(self._batch)
-        return loss
 
     # -- what the journal asks for -------------------------------------------------------------------------
 
@@ -300,7 +319,8 @@ class TrainingStep:
             "journal": self.journal.state_dict(),
             "begun": self._begun,
             "held": held,
-            "base": self._base_losses.state_dict(),
+            "pieces": list(self._pieces),
+            "noise": None if self._noise is None else self._noise.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -308,7 +328,11 @@ class TrainingStep:
         self.journal.load_state_dict(state["journal"])
         flops, skipped, seconds = state["begun"]
         self._begun = (flops, skipped, seconds)
-        self._base_losses.load_state_dict(state["base"])
+        if self._noise is not None:
+            self._noise.load_state_dict(state["noise"])
+        self._pieces = {number: self._opened(self.extras.pieces[number]) for number in state["pieces"]}
+        for piece in self._pieces.values():
+            self._fetch_again(piece)
         self._held = {}
         for index, flops, seconds in state["held"]:
             self._held[index] = self._opened(self._batch_at(index))

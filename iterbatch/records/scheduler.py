@@ -1,0 +1,49 @@
+"""Schedulers that runs have kept beside their adapters."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iterbatch.errors import RunError
+from iterbatch.records import layout
+from iterbatch.records.write import write_json
+
+
+def keep_scheduler(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write a scheduler into the folder of its arm and seed."""
+    write_json(folder / layout.SCHEDULER, content)
+
+
+def read_scheduler(folder: Path) -> Mapping[str, Any]:
+    """The scheduler of an arm and seed.
+
+    Raises:
+        RunError: where there is none, or it cannot be read.
+    """
+    file = folder / layout.SCHEDULER
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise RunError(
+            f"{folder} holds no scheduler ({layout.SCHEDULER}); only learnable keeps one"
+        ) from problem
+    except (OSError, ValueError, RecursionError) as problem:
+        raise RunError(f"{file} cannot be read ({str(problem)[:200]}); train its arm again") from problem
+    if not isinstance(content, dict):
+        raise RunError(f"{file} is damaged: it holds a {type(content).__name__}; train its arm again")
+    return content
+
+
+def read_schedulers(run_dir: Path) -> list[Mapping[str, Any]]:
+    """All schedulers of a run, or of one arm or seed of it.
+
+    Raises:
+        RunError: where there is none, or one cannot be read.
+    """
+    files = sorted(run_dir.rglob(layout.SCHEDULER)) if run_dir.is_dir() else []
+    if not files:
+        raise RunError(
+            f"{run_dir} holds no scheduler; give the folder of a run in which learnable has finished a seed"
+        )
+    return [read_scheduler(file.parent) for file in files]
