@@ -221,8 +221,8 @@ class BatchStream:
         return self._batch_of(self.rows_of(index), index, index // self.batches_per_epoch)
 
     def pieces(self) -> list[Batch]:
-        """The blocks that are set aside, in pieces of a quarter of a batch, none of them short."""
-        size = min(max(1, self.batch_rows // 4), len(self.aside))
+        """The blocks that are set aside, in whole pieces of a quarter of a batch, two blocks at least."""
+        size = min(max(2, self.batch_rows // 4), len(self.aside))
         return [
             self._batch_of(self.aside[start : start + size], 0, 0)
             for start in range(0, len(self.aside) - size + 1, max(1, size))

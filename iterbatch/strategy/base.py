@@ -32,6 +32,11 @@ class Step(Protocol):
         """rho: cost of a repeat over cost of a fresh pass, on the current batch."""
         ...
 
+    @property
+    def probe_price(self) -> float:
+        """Cost of scoring a piece of the probe text over cost of a fresh pass on the current batch."""
+        ...
+
     def __call__(self, batch: Batch) -> float:
         """Fresh pass and update on a new batch; returns the initial loss, mean nats a label token."""
         ...

@@ -71,7 +71,7 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
 
     def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
         """As every strategy; on some batches what each pass gains is measured."""
-        if self.frozen or not self._random.random() < self.probe_rate:
+        if self.frozen or not (self._random.random() < self.probe_rate and self.learner.can_pay()):
             return super().train_batch(batch, step)
         scores, losses = [step.probe(self._probes)], list[float]()
         losses.append(step(batch))
@@ -80,7 +80,7 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
             losses.append(step.again())
             scores.append(step.probe(self._probes))
         self.placing.repeat(step, losses, len(losses))  # what is due of others
-        self._learn(losses, scores, batch.index, step.price_ratio)
+        self._learn(losses, scores, batch.index, step)
         return step.record(losses, len(losses))
 
     def decide(self, initial_loss: float, step: Step) -> int:
@@ -98,14 +98,16 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
     def _goes_on(self, losses: list[float], step: Step) -> bool:
         return math.isfinite(losses[-1]) and self.learner.curious(len(losses), step.price_ratio)
 
-    def _learn(self, losses: list[float], scores: list[float], index: int, price_ratio: float) -> None:
+    def _learn(self, losses: list[float], scores: list[float], index: int, step: Step) -> None:
         """Take in what the passes on a probed batch gained; a score that is not finite teaches nothing."""
         self._probes += 1
+        price_ratio = step.price_ratio
+        wanted = self.learner.decide(losses[0], price_ratio) if math.isfinite(losses[0]) else 1
+        self.learner.pay(len(scores) * step.probe_price, wanted, len(losses), price_ratio)
         if not all(map(math.isfinite, (losses[0], *scores))):
             return
         gains = [before - after for before, after in itertools.pairwise(scores)]
         self.learner.learn(self.learner.features(losses[0]), gains)
-        self.learner.decide(losses[0], price_ratio)  # what it would have done counts as spent
         self.observe(losses)
         scale = self.learner.scale
         expected = [scale * gain for z in (-1.0, 0.0, 1.0) for gain in self.learner.expected((z, z))]

@@ -25,7 +25,12 @@ RECENT = 256  # batches that the features are standardised over
 SCALE = 64  # gains that their scale is taken of
 ENOUGH = 6  # probes of a pass before it is judged
 CAUTION = 0.6  # standard errors by which a pass must beat its price before it is made
-CURIOSITY = 0.5  # standard errors by which the second may miss its price and still be probed
+CURIOSITY = 1.0  # standard errors by which the second may miss its price and still be open to question
+SPENT = 0.03  # of all compute, at most, for probes and what they try; a quarter of it once things are clear
+COMMON = (
+    0.8  # correlation of the noise in the gains of one probe: they share its text (measured, docs/log.md)
+)
+ALIKE = 30.0  # probes that it takes before batches are held to differ
 STEPS = 20  # of the optimizer, a probe
 CLIP_Z = 5.0
 # Prior: gain of the first pass 0 +- 1 in units of the gains' scale, decay 0.5 +- 0.5.
@@ -139,6 +144,11 @@ class Belief:
     decay: float
     covariance: np.ndarray  # (2, 2) of the two
 
+    @property
+    def gains(self) -> bool:
+        """Whether first passes are known to gain anything: before that nothing can be compared with them."""
+        return self.first > CAUTION * math.sqrt(self.covariance[0, 0])
+
     def edge(self, passes: int, price_ratio: float) -> tuple[float, float]:
         """What the pass after these gains beyond its price, and the standard error of that."""
         here = np.array([self.first, self.decay])
@@ -158,6 +168,17 @@ def _edge(curve: np.ndarray, passes: int, price_ratio: float) -> float:
     return gains[passes] - price_ratio * best
 
 
+def _misfit(residuals: Tensor, made: Tensor) -> Tensor:
+    """Squared residuals of each probe (probes,), what its gains have in common counted once.
+
+    That is r' C^-1 r, with C the correlation matrix of the gains of a probe.
+    """
+    residuals = residuals * made
+    passes = made.sum(dim=1)
+    shared = COMMON / (1 - COMMON + passes * COMMON)
+    return (residuals.square().sum(dim=1) - shared * residuals.sum(dim=1).square()) / (1 - COMMON)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The learner
 
@@ -171,7 +192,9 @@ class GainLearner:
     outputs say how a first pass and its repeats compare, which is all that the stopping rule asks.
 
     A pass is made where its expected gain, less ``CAUTION`` standard errors, is above its price, and enough
-    probes have seen it. Probes go one pass further only where the last one is not clearly below its price.
+    probes have seen it. A probe measures two passes, and one more only where the last one is not clearly
+    below its price. All probes together, with the passes they try, cost ``SPENT`` of the compute at most: a
+    run that is too short to learn from is left alone.
     """
 
     def __init__(self, max_repeats: int = MAX_REPEATS, seed: int = 0) -> None:
@@ -184,6 +207,9 @@ class GainLearner:
         self.probes: deque[Probe] = deque(maxlen=KEPT)
         self.squares: deque[float] = deque(maxlen=SCALE)  # of the last gains, nats
         self.gain, self.cost = 0.0, 0.0  # discounted sums, expected and spent; lambda is their ratio
+        self.paid, self.last_price = 0.0, 1.0  # for learning, in fresh passes: in all, and for the last probe
+        self._open = True  # whether a second pass may pay, as far as is known
+        self.batches = 0.0  # what training without learning would have cost, in fresh passes
         self._belief: Belief | None = None
 
     # -- deciding --------------------------------------------------------------------------------------------
@@ -199,7 +225,8 @@ class GainLearner:
 
     def decide(self, loss: float, price_ratio: float) -> int:
         """Passes for a batch of this initial loss, at this price of a repeat."""
-        if self._belief is None:
+        self.batches += 1
+        if self._belief is None or not self._belief.gains:
             return 1
         features = self.features(loss)
         gains = self.expected(features)
@@ -209,17 +236,46 @@ class GainLearner:
         passes = stopping_rule(surplus, self.rate(price_ratio), price_ratio)
         self.gain = 0.99 * self.gain + sum(gains[:passes])
         self.cost = 0.99 * self.cost + 1 + (passes - 1) * price_ratio
+        self.batches += (passes - 1) * price_ratio
         return passes
 
+    def can_pay(self) -> bool:
+        """Whether another probe keeps the price of learning within its share of all compute."""
+        share = SPENT if self._open else SPENT / 4
+        return self.paid + self.last_price <= share * self.batches
+
+    def pay(self, scoring: float, wanted: int, made: int, price_ratio: float) -> None:
+        """A probe has been made.
+
+        It cost its scoring, and of every pass that it tried beyond those wanted anyway what this is not
+        expected to gain.
+
+        Args:
+            scoring: Cost of the scores, in fresh passes.
+            wanted: Passes that the policy would have made.
+            made: Passes that were made.
+            price_ratio: Of a repeat.
+        """
+        known = self._belief is not None and self._seen(2) >= ENOUGH
+        first, decay = (self._belief.first, self._belief.decay) if known and self._belief else (1.0, 0.5)
+        gains = gain_curve(max(first, 0.0), decay)
+        best = max(gain_rate(gains, passes, price_ratio) for passes in range(1, self.max_repeats + 1))
+        worth = [gain / best if best > 0 else 0.0 for gain in gains]  # in fresh passes
+        self.last_price = scoring + sum(max(0.0, price_ratio - each) for each in worth[wanted:made])
+        self.paid += self.last_price
+
     def curious(self, made: int, price_ratio: float) -> bool:
-        """Whether a probe that has measured so many passes should measure one more."""
-        if made >= self.max_repeats:
-            return False
+        """Whether a probe that has measured so many passes should measure one more: two at the least.
+
+        One more than that only where the last one is known a little, and not below its price.
+        """
+        if made == 1 or made >= self.max_repeats:
+            if made == 1 and self._belief is not None and self._seen(2) >= ENOUGH:
+                edge, error = self._belief.edge(1, price_ratio)
+                self._open = edge + CURIOSITY * error > 0
+            return made < self.max_repeats
         if self._belief is None or self._seen(made) < ENOUGH:
-            return made == 1  # the last one is hardly known itself
-        if made == 1:
-            edge, error = self._belief.edge(1, price_ratio)
-            return edge + CURIOSITY * error > 0 or self._seen(2) < ENOUGH
+            return False
         return self._belief.edge(made - 1, price_ratio)[0] > 0
 
     def rate(self, price_ratio: float) -> float:
@@ -265,37 +321,40 @@ class GainLearner:
         """A few regression steps over the kept probes, newer ones weighing more, then the belief."""
         rows = torch.tensor([probe.row() for probe in self.probes], dtype=torch.float32)
         features, gains = rows[:, :2], rows[:, 3:] / rows[:, 2:3]
-        age = torch.arange(len(rows) - 1, -1, -1)
-        weight = (1 - 1 / MEMORY) ** age[:, None] * ~gains.isnan()
+        age, made = torch.arange(len(rows) - 1, -1, -1), ~gains.isnan()
+        weight = (1 - 1 / MEMORY) ** age
         gains = gains.nan_to_num()
         places = torch.arange(MAX_REPEATS)
-        layers = (self.network.hidden, self.network.out)
         for _ in range(STEPS):
             first, decay = self.network(features)
             predicted = first[:, None] * decay[:, None].clamp(min=1e-6) ** places
             # The prior: that batches do not differ, that the first gain is near 0 and the decay near a half.
-            alike = sum(layer.weight.square().sum() for layer in layers)
-            prior = self.network.out.bias[0].square() + 0.25 * self.network.out.bias[1].square()
-            misfit = (weight * (gains - predicted).square()).sum()
-            loss = (misfit + prior + 0.1 * len(rows) ** 0.5 * alike) / weight.sum().clamp(min=1)
+            alike = ALIKE * self.network.out.weight.square().sum()
+            prior = self.network.out.bias[0].square() + 0.05 * self.network.out.bias[1].square()
+            misfit = (weight * _misfit(gains - predicted, made)).sum()
+            loss = (misfit + prior + alike) / weight.sum().clamp(min=1)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        self._believe(features, gains, weight)
+        self._believe(features, gains, weight, made)
 
-    def _believe(self, features: Tensor, gains: Tensor, weight: Tensor) -> None:
+    def _believe(self, features: Tensor, gains: Tensor, weight: Tensor, made: Tensor) -> None:
         """Mean curve over the kept probes, and its covariance by the curvature of the fit and the prior."""
         with torch.no_grad():
             first, decay = self.network(features)
             predicted = first[:, None] * decay[:, None] ** torch.arange(MAX_REPEATS)
-            share = weight[:, 0] / weight[:, 0].sum()
+            share = weight / weight.sum()
             mean_first, mean_decay = float((first * share).sum()), float((decay * share).sum())
-            noise = max(float((weight * (gains - predicted).square()).sum() / weight.sum()), 1e-6)
+            misfit = float((weight * _misfit(gains - predicted, made)).sum())
+            noise = max(misfit / float((weight * made.sum(dim=1)).sum()), 1e-6)
         precision = np.diag(PRIOR_PRECISION)
-        for place, count in enumerate(weight.sum(dim=0).tolist()):
-            slope = mean_first * place * mean_decay ** (place - 1) if place else 0.0
-            toward = np.array([mean_decay**place, slope])
-            precision = precision + count / noise * np.outer(toward, toward)
+        place = np.arange(MAX_REPEATS)
+        # (passes, 2) of each gain by the first gain and the decay
+        slopes = np.stack([mean_decay**place, mean_first * place * mean_decay ** np.maximum(place - 1, 0)], 1)
+        for passes, count in enumerate(torch.bincount(made.sum(dim=1), weight, MAX_REPEATS + 1).tolist()):
+            if passes:
+                apart = np.linalg.inv((1 - COMMON) * np.eye(passes) + COMMON)
+                precision = precision + count / noise * slopes[:passes].T @ apart @ slopes[:passes]
         self._belief = Belief(mean_first, mean_decay, np.linalg.inv(precision))
 
     # -- kept ------------------------------------------------------------------------------------------------
@@ -324,6 +383,7 @@ class GainLearner:
             "squares": np.array(self.squares),
             "gain": self.gain,
             "cost": self.cost,
+            "paid": [self.paid, self.last_price, self.batches, self._open],
             "belief": None if belief is None else [belief.first, belief.decay, belief.covariance],
         }
 
@@ -335,6 +395,7 @@ class GainLearner:
         self.probes = deque(map(Probe.of, state["probes"].tolist()), maxlen=KEPT)
         self.squares = deque(state["squares"].tolist(), maxlen=SCALE)
         self.gain, self.cost = state["gain"], state["cost"]
+        self.paid, self.last_price, self.batches, self._open = state["paid"]
         self._belief = None if state["belief"] is None else Belief(*state["belief"])
 
     def rows(self) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iterbatch.model.flops import FlopModel
@@ -72,6 +73,10 @@ class Charges:
         self.ledger.flops_fresh += prefix if self.keeps else 0.0
         self.ledger.flops_probe += self.prices.forward(shapes) - self.prices.prefix.of(shapes)
         self.ledger.flops_probe += 0.0 if self.keeps else prefix
+
+    def forward_flops(self, shapes: Sequence[tuple[int, int]]) -> float:
+        """FLOPs of scoring text whose prefix activations are kept, or are not."""
+        return self.prices.forward(shapes) - (self.prices.prefix.of(shapes) if self.keeps else 0.0)
 
     def piece(self, batch: OpenBatch) -> None:
         """Charge a forward on probe text, and its prefix where that was computed for it."""

@@ -111,6 +111,12 @@ class TrainingStep:
         """Price ratio rho of the current batch: 1 where its fresh pass was given its prefix as well."""
         return self.charges.price_ratio(self._batch)
 
+    @property
+    def probe_price(self) -> float:
+        """Cost of scoring a piece of the probe text over cost of a fresh pass on the current batch."""
+        scored = self.charges.forward_flops(self.extras.pieces[0].shapes)
+        return scored / self.prices.fresh(self._batch.batch.shapes)
+
     @journalled()
     def probe(self, number: int) -> float:
         """Loss of a piece of the probe text, as the adapter is now; numbers go round the pieces.

@@ -4,14 +4,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.synthetic_stream import SyntheticStep, play
-
 from iterbatch.data.batch import Batch, MicroBatch
 from iterbatch.errors import RunError
 from iterbatch.records.record import BatchRecord
 from iterbatch.strategy import STRATEGIES, make_strategy
-from iterbatch.strategy.original import LearnableSchedulingStrategy, abr_repeats, window_repeats
-from iterbatch.strategy.scheduler import MAX_REPEATS, GainLearner, SchedulerLLaMA, stopping_rule
+from iterbatch.strategy.base import MAX_REPEATS
+from iterbatch.strategy.controls import noise_repeats
+from iterbatch.strategy.original import abr_repeats, abr_threshold, window_repeats
+from iterbatch.strategy.scheduler import VERSION, Probe
+from iterbatch.strategy.threshold import Threshold, auto_repeats, running_quantile
 
 
 class ScriptedStep:
@@ -38,13 +39,15 @@ class ScriptedStep:
     def affords_repeat(self):
         return self.affordable > 0
 
-    def snapshot(self):
-        return "adapter"
-
-    def score(self, batch, adapter):
-        assert adapter == "adapter"
+    def probe(self, number):
         self.probes += 1
-        return 3.0
+        return 3.0 - 0.01 * self.probes + 0.001 * math.sin(self.probes)
+
+    def noise_scale(self):
+        return 8.0 / (1 + self.fresh % 5)
+
+    def affords_part(self, batch, number, parts):
+        return True
 
     def scaled(self, batch, rule):
         loss = self(batch)
@@ -112,34 +115,107 @@ def test_abr_rule(loss, threshold, most, repeats):
     assert abr_repeats(loss, threshold, most) == repeats
 
 
-# -- window ------------------------------------------------------------------------------------------ -----
+def test_the_threshold_that_repeats_a_share():
+    losses = np.linspace(3, 4, 1001)
+    for share in (0.1, 1 / 3, 0.5):
+        threshold = abr_threshold(share, losses)
+        repeated = np.mean([abr_repeats(loss, threshold, 5) > 1 for loss in losses])
+        assert repeated == pytest.approx(share, abs=0.002)
+    words = STRATEGIES["abr"].advice(losses)
+    assert words == "--loss_threshold 1.95 repeats a tenth of them, 1.83 a third, 1.75 half"
+
+
+def test_abr_says_before_training_that_it_will_hardly_repeat():
+    assert "repeated from 4.00 on: hardly any will be" in make_strategy("abr", {}, 0).foresee(3.3)
+    assert make_strategy("abr", {}, 0).foresee(4.1) == ""
+    assert make_strategy("abr", {"loss_threshold": "auto"}, 0).foresee(3.3) == ""
 
 
 @pytest.mark.parametrize(
-    ("losses", "extra", "repeats"),
+    ("loss", "threshold", "spread", "most", "repeats"),
     [
-        ([9.0, 9.0, 9.0, 9.0], 4, 1),  # not yet full
-        ([3.0, 3.1, 3.2, 3.3, 3.4], 4, 5),  # rising and high
-        ([3.4, 3.3, 3.2, 3.1, 3.0], 4, 3),  # falling and high: moderate
-        ([1.4, 1.3, 1.2, 1.1, 1.0], 4, 1),  # falling and low
-        ([1.0, 1.1, 1.2, 1.3, 1.4], 4, 3),  # rising and low: moderate
-        ([3.0, 3.0, 3.0, 3.0, 3.0], 4, 3),  # constant and high
-        ([1.0, 1.0, 1.0, 1.0, 1.0], 4, 3),  # constant and low
-        ([3.0, 3.9, 2.2, 4.1, 3.1], 4, 3),  # volatile: a trend within the noise is none
-        (
-            [2.0, 2.0, 2.0, 2.0, 2.0],
-            1,
-            1,
-        ),  # level equal to the threshold is not high: half of 1, rounded down
-        ([2.1, 2.1, 2.1, 2.1, 2.1], 1, 2),  # high: half of 1, rounded up
-        ([1.4, 1.3, 1.2, 1.1, 1.0], 1, 1),
-        ([3.0, 3.1, 3.2, 3.3, 3.4], 9, 5),  # the total stays within 5
-        ([9.0, 9.0, 3.0, 3.1, 3.2, 3.3, 3.4], 4, 5),  # only the last five count
-        ([3.0, 3.1, 3.2, 3.3, 3.4], 0, 1),
+        (3.0, 3.0, 0.1, 5, 1),  # at it
+        (2.9, 3.0, 0.1, 5, 1),
+        (3.01, 3.0, 0.1, 5, 2),  # above it
+        (3.11, 3.0, 0.1, 5, 3),  # a whole spread more
+        (3.35, 3.0, 0.1, 5, 5),
+        (9.0, 3.0, 0.1, 5, 5),  # cap
+        (9.0, 3.0, 0.1, 1, 1),
+        (3.5, 3.0, 0.0, 5, 1),  # losses that do not scatter are no evidence
+        (3.5, math.inf, 0.0, 5, 1),  # nor are too few
     ],
 )
-def test_window_rule(losses, extra, repeats):
-    assert window_repeats(losses, 5, 2.0, extra) == repeats
+def test_auto_rule(loss, threshold, spread, most, repeats):
+    assert auto_repeats(loss, threshold, spread, most) == repeats
+
+
+def test_a_running_quantile_follows_a_falling_loss():
+    line = [5 - 0.1 * place for place in range(32)]
+    assert running_quantile(line, 0.67)[0] == pytest.approx(5 - 0.1 * 32)
+    random = np.random.default_rng(0)
+    for scale in (1.0, 100.0):  # free of scale
+        losses = scale * (4 - 0.01 * np.arange(2000) + 0.2 * random.normal(size=2000))
+        threshold, above = Threshold("q0.8"), []
+        for loss in losses:
+            above.append(loss > threshold.now[0])
+            threshold.note(loss)
+        assert np.mean(above[32:]) == pytest.approx(0.2, abs=0.04)
+
+
+# -- window ------------------------------------------------------------------------------------------ -----
+
+RISING, FALLING, FLAT = [3.0, 3.1, 3.3, 3.3, 3.5], [3.5, 3.3, 3.3, 3.1, 3.0], [3.2, 3.3, 3.2, 3.3, 3.2]
+WIDE = [2.9, 3.6, 2.9, 3.6, 3.2]  # the mean of FLAT, and more volatile
+
+
+@pytest.mark.parametrize("extra", [1, 2, 3, 4])
+def test_each_signal_of_the_window_changes_decisions(extra):
+    """One signal moves, the two others stay."""
+    most = 1 + extra
+
+    def at(window, loss):
+        return window_repeats(window, loss, 2.0, extra)
+
+    assert (at(RISING, 3.24), at(FALLING, 3.24)) == (most, 1)  # the trend
+    assert (at(FLAT, 3.24), at(FLAT, 3.3)) == (1, 2)  # the current loss
+    assert (at(FLAT, 3.3), at(WIDE, 3.3)) == (2, 1)  # the volatility
+    low = [window_repeats(window, 1.9, 2.0, extra) for window in (RISING, FALLING)]
+    assert low == [1, 1]  # rising and low is weighed, by a loss far below the window's
+
+
+@pytest.mark.parametrize(
+    ("earlier", "loss", "extra", "repeats"),
+    [
+        ([3.0, 3.1, 3.2, 3.3, 3.4], 3.0, 4, 5),  # rising and high
+        ([3.4, 3.3, 3.2, 3.1, 3.0], 3.0, 4, 1),  # falling and high: moderate, and below the mean
+        ([1.8, 1.7, 1.6, 1.5, 1.4], 1.9, 4, 1),  # falling and low, though above the mean
+        ([1.0, 1.1, 1.2, 1.3, 1.4], 1.9, 4, 5),  # rising and low: moderate, and far above
+        ([3.0, 3.0, 3.0, 3.0, 3.0], 3.0, 4, 1),  # constant
+        ([3.0, 3.9, 2.2, 4.1, 3.1], 3.3, 4, 1),  # volatile: a trend within the noise is none
+        ([2.0, 2.1, 2.2, 2.3, 2.4], 2.0, 4, 1),  # a loss equal to the threshold is not high
+        (FLAT, 3.24 + 2.5 * float(np.std(FLAT)), 4, 3),  # a pass for each whole volatility
+        (FLAT, 9.0, 4, 5),
+        (RISING, 3.3, 9, 5),  # the total stays within 5
+        (RISING, 3.3, 0, 1),
+    ],
+)
+def test_window_rule(earlier, loss, extra, repeats):
+    assert window_repeats(earlier, loss, 2.0, extra) == repeats
+
+
+def test_the_current_loss_enters_the_window_at_the_end():
+    window = make_strategy("window", {}, 0)
+    step = ScriptedStep([3.0, 3.1, 3.2, 3.3, 3.4, 3.35, 3.0])
+    done = [window.train_batch(Batch(()), step).repeats_done for _ in range(7)]
+    assert done == [1, 1, 1, 1, 1, 2, 2]  # none before five earlier losses are there
+
+
+@pytest.mark.parametrize(
+    ("rows", "scale", "repeats"),
+    [(32, 64.0, 1), (32, 20.0, 1), (32, 16.0, 2), (32, 1.0, 5), (32, math.inf, 1), (32, math.nan, 1)],
+)
+def test_noise_rule(rows, scale, repeats):
+    assert noise_repeats(rows, scale, 5) == repeats
 
 
 # -- the contract ------------------------------------------------------------------------------------ -----
@@ -150,8 +226,15 @@ ROWS = torch.arange(8).view(4, 2)
 BATCH = Batch((MicroBatch(ROWS, ROWS),))
 
 
+KEPT = {
+    "version": VERSION,
+    "probes": [Probe((0.0, 0.0), (0.02, 0.018, 0.016), 0.02).row() for _ in range(20)],
+}
+
+
 def _made(name, seed=0, **knobs):
-    return make_strategy(name, knobs, seed, SOURCE)
+    source = KEPT if STRATEGIES[name].made_from == "scheduler" else SOURCE
+    return make_strategy(name, knobs, seed, source)
 
 
 def _losses(count=60):
@@ -172,22 +255,30 @@ def test_contract(name):
         assert record.losses[0] == record.initial_loss
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_same_seed_same_decisions_also_after_a_saved_state(name):
+PLACED = [name for name, kind in STRATEGIES.items() if kind.gives_k]
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [*((name, "at_once") for name in STRATEGIES), *((name, "spaced") for name in PLACED)],
+)
+def test_same_seed_same_decisions_also_after_a_saved_state(name, placement):
     def decisions(strategy, losses):
         step = ScriptedStep(losses)
-        step.held = [held for _, held, _ in getattr(strategy, "waiting", [])]
+        step.held = [held for _, held, _ in getattr(strategy.placing, "waiting", [])]
         return [
             (strategy.train_batch(BATCH, step).repeats_done, tuple(step.told), len(step.revisited))
             for _ in losses
         ]
 
     losses = _losses(400)
-    whole = decisions(_made(name, 3, probe_rate=0.5), losses)
-    first = _made(name, 3, probe_rate=0.5)
+    knobs = {"probe_rate": 0.5, "placement": placement, "block": 8, "loss_threshold": "auto"}
+    whole = decisions(_made(name, 3, **knobs), losses)
+    first = _made(name, 3, **knobs)
     start = decisions(first, losses[:200])
-    second = _made(name, 99, probe_rate=0.5)
+    second = _made(name, 99, **knobs)
     second.load_state_dict(first.state_dict())
+    second.placing.load_state_dict(first.placing.state_dict())
     rest = decisions(second, losses[200:])
     told, revisits = start[-1][1:]
     assert start + [(done, told + more, revisits + count) for done, more, count in rest] == whole
@@ -257,20 +348,33 @@ def test_permuted_gives_the_sources_run_in_another_order_and_random_its_histogra
     assert shares == pytest.approx([5 / 8, 1 / 8, 1 / 8, 1 / 8], abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["permuted", "random", "higher_lr", "small_batches"])
+def test_permuted_within_blocks_keeps_when():
+    source = [1] * 8 + [3, 1] * 4 + [5] * 8
+    strategy = make_strategy("permuted", {"block": 8}, 0, source)
+    dealt = [strategy.repeats(3.0) for _ in range(48)]
+    blocks = [sorted(dealt[start : start + 8]) for start in range(0, 48, 8)]
+    assert blocks == [[1] * 8, [1] * 4 + [3] * 4, [5] * 8] * 2
+
+
+def test_profile_keeps_the_batch_number_and_random_twins_a_learner():
+    profile = make_strategy("profile", {}, 0, SOURCE)
+    assert [profile.repeats(loss) for loss in _losses(10)] == [*SOURCE, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["permuted", "random", "higher_lr", "small_batches", "profile", "inverse"])
 def test_a_control_without_its_source_is_refused(name):
     with pytest.raises(RunError, match="no batches"):
         make_strategy(name, {}, 0, [])
 
 
-def test_inverse_repeats_the_lowest_losses_as_often_as_abr_the_highest():
+@pytest.mark.parametrize("block", [0, 8])
+def test_inverse_has_abrs_own_histogram_upside_down(block):
     losses = np.random.default_rng(0).uniform(1, 9, 600).tolist()
-    abr, inverse = (
-        [record.repeats_done for record in _control(name, losses)[0]] for name in ("abr", "inverse")
-    )
-    assert np.corrcoef(losses, abr)[0, 1] > 0.9
-    assert np.corrcoef(losses[8:], inverse[8:])[0, 1] < -0.9
-    assert np.mean(inverse) == pytest.approx(np.mean(abr), abs=0.15)
+    abr = [record.repeats_done for record in _control("abr", losses)[0]]
+    strategy = make_strategy("inverse", {"block": block}, 0, abr)
+    inverse = [strategy.repeats(loss) for loss in losses]
+    assert sorted(inverse) == sorted(abr)
+    assert np.corrcoef(losses[8:], inverse[8:])[0, 1] < -0.5
 
 
 def test_excess_repeats_what_the_base_does_not_share():
@@ -290,6 +394,30 @@ def test_one_pass_at_the_rate_or_weight_that_abr_would_repeat_with():
     weights = _control("weighted", losses)[1].told
     assert weights == [1.0, 2 / 1.5, 4 / (7 / 3), 5 / 3]
     assert all(record.repeats_done == 1 for record in _control("weighted", losses)[0])
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_every_strategy_that_gives_k_can_be_spaced(name):
+    losses = [*_losses(120), *[0.1] * 200]
+    at_once = _control(name, losses, probe_rate=0.0)[0]
+    records, step = _control(name, losses, placement="spaced", probe_rate=0.0)
+    assert [record.repeats_done for record in records] == [1] * len(losses)
+    planned = [record.repeats_planned for record in records]
+    if name in ("abr", "window", "fixed", "permuted", "inverse"):  # whose rules do not ask what was done
+        assert planned == [record.repeats_planned for record in at_once] or name == "spaced"
+    for held, at in step.revisited:
+        assert (at - held) % 8 == 0
+    for held in {held for held, _ in step.revisited}:
+        assert sum(each == held for each, _ in step.revisited) <= planned[held] - 1
+
+
+def test_a_buffer_lets_go_of_what_waits_longest():
+    strategy = make_strategy("fixed", {"placement": "spaced", "max_repeats": 3, "gap": 2, "buffer": 3}, 0)
+    step = ScriptedStep([3.0] * 30)
+    for _ in range(30):
+        strategy.train_batch(BATCH, step)
+        assert len(step.held) <= 3
+    assert {at - held for held, at in step.revisited} == {2}  # a second repeat never has room
 
 
 def test_spaced_gives_the_same_passes_later():
@@ -312,83 +440,3 @@ def test_selective_trains_high_losses_more_often():
     done = np.array([record.repeats_done for record in records])
     assert np.corrcoef(losses, done)[0, 1] > 0.4
     assert done.mean() == pytest.approx(0.5, abs=0.05)
-
-
-# -- learnable --------------------------------------------------------------------------------------- -----
-
-
-@pytest.mark.parametrize(
-    ("gains", "rate", "price", "repeats"),
-    [
-        ([1.0, 0.9, 0.1, 0.0, 0.0], 1.0, 0.5, 2),
-        ([1.0, 0.9, 0.8, 0.7, 0.6], 1.0, 0.5, 5),
-        ([1.0, 0.9, 0.1, 0.9, 0.9], 1.0, 0.5, 2),  # stops at the first pass that does not pay
-        ([1.0, 1.0, 1.0, 1.0, 1.0], 1.0, 1.0, 1),  # a tie does not pay
-        ([-math.inf] * 5, 0.0, 0.5, 1),  # no evidence
-        ([0.0, -0.1, 1.0, 1.0, 1.0], 0.0, 0.1, 1),
-    ],
-)
-def test_stopping_rule(gains, rate, price, repeats):
-    assert stopping_rule(gains, rate, price) == repeats
-
-
-def test_scheduler_without_evidence_trains_once():
-    learner = GainLearner(seed=0)
-    assert {learner.decide(loss, 0.25, explore=False) for loss in (0.1, 3.0, 30.0)} == {1}
-    assert SchedulerLLaMA()(np_to_tensor([[0.0, 1.0], [2.0, -1.0]])).abs().max() == 0
-
-
-def np_to_tensor(values):
-    import torch
-
-    return torch.tensor(values)
-
-
-def test_probes_end_with_the_first_epoch():
-    strategy = LearnableSchedulingStrategy(probe_rate=1.0, seed=0)
-    step = ScriptedStep(_losses(40))
-    for index in range(40):
-        strategy.train_batch(Batch((), index=index, epoch=index // 20), step)
-    assert step.probes == 19  # the first epoch's last batch has no unseen successor
-
-
-def _played(seed=0, batches=4000, **stream):
-    """Unprobed batches of the last quarter: (initial loss, passes); and the stream."""
-    step, strategy = (
-        SyntheticStep(seed=seed, **stream),
-        LearnableSchedulingStrategy(probe_rate=0.5, seed=seed),
-    )
-    explored = []
-    decide = strategy.learner.decide
-    strategy.learner.decide = lambda loss, price, explore: (
-        explored.append(explore),
-        decide(loss, price, explore),
-    )[1]
-    rows = play(strategy, step, batches)
-    return rows[-batches // 4 :][~np.array(explored)[-batches // 4 :]], step
-
-
-def test_learnable_repeats_high_loss_batches_less_where_high_loss_is_noise():
-    rows, step = _played(noise=(0.5, 3.0), rate=0.05, drift=0.3, price_ratio=0.25, seed=2)
-    low, high = np.quantile(rows[:, 0], [1 / 3, 2 / 3])
-    assert rows[rows[:, 0] < low, 1].mean() > 1.3
-    assert rows[rows[:, 0] > high, 1].mean() < 1.1
-    difference = np.array([probe - truth for probe, truth in step.probed])
-    assert (
-        abs(difference.mean() / difference.std() * len(difference) ** 0.5) < 3
-    )  # the probe's mean is the true gain
-
-
-def test_learnable_settles_at_one_where_a_repeat_is_not_worth_its_price():
-    rows, _ = _played(noise=(0.2, 0.2), rate=0.05, drift=0.3, price_ratio=1.0)
-    assert (rows[:, 1] == 1).mean() > 0.85
-
-
-def test_learnable_settles_at_one_where_rewards_are_shuffled():
-    rows, _ = _played(noise=(0.2, 0.2), rate=0.05, drift=0.3, price_ratio=1.0, shuffle_rewards=True)
-    assert (rows[:, 1] == 1).mean() > 0.8
-
-
-def test_learnable_repeats_where_repeats_are_cheap_and_gain():
-    rows, _ = _played(noise=(0.2, 0.2), rate=0.05, drift=0.3, price_ratio=0.25)
-    assert rows[:, 1].mean() > 1.4
