@@ -332,6 +332,10 @@ class TrainingConfig:
             above=0,
         ),
     ] = None
+    budget_share: Annotated[
+        float,
+        Knob("Every arm's budget, times what --match gives it; an arm of a study may have its own", above=0),
+    ] = 1.0
     seeds: Annotated[
         tuple[int, ...],
         Knob("Seeds of adapter weights and data order, one run of every strategy each", at_least=0),

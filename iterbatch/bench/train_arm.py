@@ -323,6 +323,7 @@ def _allowance(job: Job) -> Allowance:
         unit = "epochs"  # its seconds are what the others may spend
     amounts = {"epochs": passes, "flops": plan.flops, "updates": passes, "tokens": plan.tokens}
     amount = training.budget or (amounts[unit] if unit in amounts else _baseline_seconds(job))
+    amount *= job.arm.config.training.budget_share
     last = {"epochs": 1.0, "updates": 1.0, "flops": plan.last_pass_flops}.get(unit, 0.0)
     return Allowance(unit, float(amount), max(1, round(passes * amount / amounts.get(unit, amount))), last)
 

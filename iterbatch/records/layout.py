@@ -17,6 +17,7 @@ FIGURES = "figures"
 
 # In the folder of a run or a study
 STUDY = "study.json"
+TUNING = "tuning.json"  # of the trials that its learning rates were chosen by
 SUMMARY, SUMMARY_PAGE = "summary.json", "summary.md"
 REPORT, REPORT_TEXT, METRICS = "report.html", "report.md", "metrics.csv"
 LOCK, HOLDER = "lock", "holder.json"

@@ -269,6 +269,47 @@ def compare(nats: np.ndarray, reference: np.ndarray, tokens: np.ndarray, method:
     return Interval(delta, low, high, p, method)
 
 
+def with_luck(interval: Interval, luck: float) -> Interval:
+    """An interval that allows for the luck of choosing learning rates, which no number of seeds takes away.
+
+    Args:
+        interval: Of a difference.
+        luck: Standard error that the choices add, see :func:`choice_luck`; NaN, where it is not known, adds
+            nothing.
+    """
+    if not luck > 0:
+        return interval
+    estimate, wide = interval.estimate, float(stats.norm.isf((1 - LEVEL) / 2)) * luck
+    low, high = (math.hypot(estimate - end, wide) for end in (interval.low, interval.high))
+    error = abs(estimate) / float(stats.norm.isf(interval.p / 2)) if interval.p < 1 else math.inf
+    p = float(2 * stats.norm.sf(abs(estimate) / math.hypot(error, luck)))
+    return Interval(estimate, estimate - low, estimate + high, p, interval.method)
+
+
+def choice_luck(losses: np.ndarray, draws: int = DRAWS) -> float:
+    """By how much the chosen learning rate may miss the best one: root mean square, nats a token.
+
+    The best mean is chosen; the truth may be anywhere around the means, by the scatter between tuning seeds.
+    What a seed has in common over all rates misleads nobody, and is taken off.
+
+    Args:
+        losses: (rates, seeds) of trials; those that failed are infinity, and are left out.
+        draws: Of the truth.
+
+    Returns:
+        NaN with fewer than two seeds or rates.
+    """
+    table = losses[np.isfinite(losses).all(axis=1)]
+    rates, seeds = table.shape
+    if min(rates, seeds) < 2:
+        return math.nan
+    _, _, rest, _ = _mean_squares(table)
+    means = table.mean(axis=1)
+    truths = means + math.sqrt(float(rest) / seeds) * np.random.default_rng(0).normal(size=(draws, rates))
+    missed = truths[:, means.argmin()] - truths.min(axis=1)
+    return float(np.sqrt((missed**2).mean()))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number, by Holm's step-down procedure, in the order given.
 
@@ -293,7 +334,7 @@ def probability_of_improvement(values: Sequence[float], reference: Sequence[floa
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Time to target, and power
+# Time to target, compute worth, and power
 
 
 def cost_to_target(costs: Sequence[float], losses: Sequence[float], target: float) -> float:
@@ -332,6 +373,32 @@ def speed_up(reference: Sequence[float], costs: Sequence[float]) -> Interval:
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, len(logs) - 1)) if error else float(mean == 0)
     return Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half), p, "t")
+
+
+def exchange(compute: Sequence[float], losses: Sequence[float]) -> Callable[[float], float]:
+    """From a difference of final loss to the compute that makes it, as a share of the baseline's.
+
+    Args:
+        compute: Of baselines that decayed at several budgets, as shares of the usual one, 1 among them.
+        losses: Their final losses, nats a token, paired by seed with the usual one: 0 at 1.
+
+    Returns:
+        A function: the share of the compute at which the baseline's loss differs by so much, on straight
+        lines over the logarithm of compute, which go on beyond the ends. Losses that rise with compute are
+        evened out.
+    """
+    order = np.argsort(compute)
+    places, values = np.log(np.asarray(compute, dtype=float)[order]), np.asarray(losses, dtype=float)[order]
+    falling = optimize.isotonic_regression(values, increasing=False).x
+    # Where two budgets end alike there is no rate of exchange: the mean slope stands in.
+    mean = (falling[-1] - falling[0]) / (places[-1] - places[0])
+    slopes = np.minimum(np.diff(falling) / np.diff(places), 0.1 * mean if mean < 0 else -1e-12)
+
+    def worth(difference: float) -> float:
+        at = int(np.clip(np.searchsorted(-falling, -difference) - 1, 0, len(slopes) - 1))
+        return math.exp(places[at] + (difference - falling[at]) / slopes[at])
+
+    return worth
 
 
 def seeds_needed(

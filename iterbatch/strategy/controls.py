@@ -394,7 +394,14 @@ class SmallBatchesStrategy(_FromSource):
     gives_k: ClassVar[bool] = False
     question: ClassVar[str] = "Is it more than many small updates on fresh text?"
 
+    parts: Annotated[
+        int | None, Knob("shares that every batch is cut into, instead of the source's mean k", at_least=2)
+    ] = None
     owed: float = field(default=0.0, init=False)  # parts not made yet, below 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.mean = float(self.parts or self.mean)
 
     @property
     def cuts(self) -> Sequence[int]:

@@ -18,12 +18,19 @@ from iterbatch.records.write import write_text
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, own_knobs
 from iterbatch.study.pairs import Cell, Study
 
-ARM_TRAINING = ("lr", "warmup", "weight_decay", "clip_norm")
+ARM_TRAINING = ("lr", "warmup", "weight_decay", "clip_norm", "budget_share")
 # Where a comparison differs from a run.
 DEFAULTS = {"match": "flops", "seeds": [0, 1, 2], "evals": 10, "prompts": 200, "log_with": "none"}
-SECTIONS = ("about", "settings", "arms", "cells", "tune")
+SECTIONS = ("about", "settings", "arms", "cells", "tune", "worth")
 # Of the arms to tune; where none is named, all.
-TUNING: dict[str, Any] = {"trials": 8, "low": 1e-4, "high": 3e-2, "seed": 1000, "arms": []}
+TUNING: dict[str, Any] = {
+    "trials": 8,
+    "seeds": 3,
+    "low": 1e-4,
+    "high": 3e-2,
+    "seed": 1000,
+    "arms": [],
+}
 Settings = dict[str, Any]
 
 
@@ -115,6 +122,7 @@ def load_study(path: Path, words: Sequence[str] = ()) -> Study:
     for cell in source.table("cells") or [""]:
         _check_arms(source, cell)
     tune = _checked_tune(source)
+    _check_worth(source)
     source.stop()
     cells = [_cell(source, name, words) for name in source.table("cells") or [""]]
     return Study(path.stem, tuple(cells), tune)
@@ -225,6 +233,26 @@ def _checked_tune(source: _Source) -> Settings:
     return tune
 
 
+def _check_worth(source: _Source) -> None:
+    """The shares of the budget at which the baseline is trained too, for what compute is worth."""
+    given = source.content.get("worth") if isinstance(source.content, dict) else None
+    for share in [] if given is None else given if isinstance(given, list) else [given]:
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 100 or share == 1:
+            message = f"worth holds {share!r}; write shares of the budget, for example [0.5, 0.71, 1.41]"
+            source.complain(("worth",), message)
+
+
+def _worth_arms(source: _Source, cell: str) -> Settings:
+    """The baseline at other budgets: arms by name, with the baseline's own settings."""
+    of_cell = source.table("cells", cell, "arms", REFERENCE) if cell else {}
+    own = {**source.table("arms", REFERENCE), **of_cell}
+    given = source.content.get("worth") or []
+    shares = given if isinstance(given, list) else [given]
+    return {
+        f"{REFERENCE}-x{share:g}": {**own, "strategy": REFERENCE, "budget_share": share} for share in shares
+    }
+
+
 def _check_arms(source: _Source, cell: str) -> None:
     """The arms of a cell, with what it sets for them; what is wrong in every cell is told once."""
     before: list[str] = []
@@ -278,7 +306,8 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
     try:
         file_words = [*_words(settings), "--strategies", REFERENCE]
         config = _flags(file_words, words).config()
-        config = with_probe_text(config, [_strategy_of(source, name, arm) for arm in source.table("arms")])
+        kinds = [str(own.get("strategy", arm)) for arm, own in _own_arms(source, name).items()]
+        config = with_probe_text(config, kinds)
     except SystemExit as ended:
         if ended.code:
             raise ConfigError(f"{where}: a setting has a value of another kind (see above)") from ended
@@ -288,10 +317,9 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
         source.stop()
         raise
     arms = []
-    for arm in source.table("arms"):
-        of_cell = source.table("cells", name, "arms", arm) if name else {}
+    for arm, given in {**_own_arms(source, name), **_worth_arms(source, name)}.items():
         try:
-            own = _typed({**source.table("arms", arm), **of_cell}, file_words, words)
+            own = _typed(given, file_words, words)
             arms.append(make_arm(arm, own, config))
         except SystemExit as ended:
             raise ConfigError(
@@ -303,9 +331,10 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
     return Cell(name, config, tuple(arms))
 
 
-def _strategy_of(source: _Source, cell: str, arm: str) -> str:
-    of_cell = source.table("cells", cell, "arms", arm) if cell else {}
-    return str({**source.table("arms", arm), **of_cell}.get("strategy", arm))
+def _own_arms(source: _Source, cell: str) -> Settings:
+    """What each arm of a cell sets for itself, by its name."""
+    in_cell = {arm: source.table("cells", cell, "arms", arm) if cell else {} for arm in source.table("arms")}
+    return {arm: {**source.table("arms", arm), **own} for arm, own in in_cell.items()}
 
 
 def _typed(settings: Settings, file_words: Sequence[str], words: Sequence[str]) -> Settings:

@@ -1,10 +1,11 @@
-"""The learning rate of every arm: as many trials for each, at the same values, on a seed of its own.
+"""The learning rate of every arm: as many trials for each, at the same values, on seeds of their own.
 
 What lives here: which trials are made and what is chosen. What does not: training them, which is a
 comparison like any other (:mod:`iterbatch.study.run`).
 
-A trial is scored by its final loss on validation. Arms that are made from another arm's passes come
-after it, and are made from its best trial.
+A trial is scored by its mean final loss on validation over the tuning seeds. An arm whose best rate is the
+lowest or highest gets further ones beyond it, until the best is inside. Arms that are made from another arm's
+passes come after it, and are made from its best trial.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from iterbatch.config import BenchConfig
 from iterbatch.errors import ConfigError
 from iterbatch.records import layout
 from iterbatch.records.result import read_result
-from iterbatch.records.write import write_json, write_text
+from iterbatch.records.tuning import Curve, Curves, write_curves
+from iterbatch.records.write import write_text
 from iterbatch.report import stats
 from iterbatch.report.wording import markdown
 from iterbatch.study.pairs import Cell, Notify, Study, pairs_of
@@ -27,9 +29,7 @@ from iterbatch.study.run import compare
 from iterbatch.study.study_file import load_study, write_rates
 
 Rates = dict[str, dict[str, float]]  # cell to arm to learning rate
-Trials = dict[
-    str, dict[str, list[tuple[float, float | None]]]
-]  # cell to arm to (rate, loss), None where it failed
+MOST_BEYOND = 4  # further rates beyond one edge, each a step of the range away
 
 
 def values(low: float, high: float, trials: int, seed: int) -> list[float]:
@@ -37,6 +37,24 @@ def values(low: float, high: float, trials: int, seed: int) -> list[float]:
     random = np.random.default_rng(seed)
     places = (np.arange(trials) + random.uniform(size=trials)) / trials
     return [float(f"{value:.3g}") for value in random.permutation(low * (high / low) ** places)]
+
+
+def beyond(curve: Curve, first: Sequence[float], step: float) -> float | None:
+    """The next rate for an arm whose best is at an edge; None where it is inside, or far enough out.
+
+    Args:
+        curve: Of its trials so far. One that failed is worse than any.
+        first: The rates that every arm was given.
+        step: Factor between two rates.
+    """
+    best = curve.best
+    if best is None:
+        best = min(curve.rates)  # all failed: lower ones may not
+    if best == max(curve.rates) and best < max(first) * step ** (MOST_BEYOND - 0.5):
+        return float(f"{best * step:.3g}")
+    if best == min(curve.rates) and best > min(first) / step ** (MOST_BEYOND - 0.5):
+        return float(f"{best / step:.3g}")
+    return None
 
 
 def tune(path: Path, save_dir: Path, workers: int, notify: Notify = lambda _: None) -> Rates:
@@ -61,17 +79,24 @@ def tune(path: Path, save_dir: Path, workers: int, notify: Notify = lambda _: No
     for stage in stages(study):
         tuning.add(stage, chosen)
         compare(tuning.trials, tuning.folder, workers, notify, keep_arms=True)
+        while further := tuning.go_beyond(stage):
+            notify(f"Best at an edge, one more rate each: {', '.join(further)}")
+            compare(tuning.trials, tuning.folder, workers, notify, keep_arms=True)
         for cell in study.cells:
             chosen[cell.name] |= {arm: tuning.best(cell.name, arm) for arm in stage}
     write_rates(path, chosen)
     write_text(run_dir / "tuning.md", tuning.page(chosen))
-    write_json(run_dir / "tuning.json", tuning.scores())
+    write_curves(run_dir, tuning.curves())
     notify(f"Learning rates written to {path}; the trials are in {run_dir / 'tuning.md'}")
-    rates = {f"{cell}/{arm}".lstrip("/"): rate for cell, arms in chosen.items() for arm, rate in arms.items()}
-    if at_edge := [name for name, rate in rates.items() if tuning.at_edge(rate)]:
-        beyond = "so there may be better ones beyond it"
-        advice = "Widen tune: low, high in another study"
-        notify(f"At the edge of the range tried, {beyond}: {', '.join(at_edge)}. {advice}")
+    curves = tuning.curves()
+    left = [
+        f"{cell}/{arm}".lstrip("/")
+        for cell, arms in chosen.items()
+        for arm, rate in arms.items()
+        if curves[cell][arm].at_edge(rate)
+    ]
+    if left:
+        notify(f"Still at an edge, {MOST_BEYOND} steps out: {', '.join(left)}. Widen tune: low, high")
     return chosen
 
 
@@ -81,7 +106,8 @@ def stages(study: Study) -> list[list[str]]:
     Raises:
         ConfigError: where it is not among those to tune.
     """
-    wanted = study.tune["arms"] or [arm.name for arm in study.cells[0].arms]
+    every = [arm.name for arm in study.cells[0].arms if arm.config.training.budget_share == 1]
+    wanted = study.tune["arms"] or every
     arms, placed = {arm.name: arm for arm in study.cells[0].arms if arm.name in wanted}, set[str]()
     for arm in arms.values():
         if arm.source is not None and arm.source not in arms:
@@ -110,106 +136,131 @@ class Tuning:
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
         tune = study.tune
-        self.rates = values(tune["low"], tune["high"], tune["trials"], tune["seed"])
-        self._arms: dict[str, list[Arm]] = {cell.name: [] for cell in study.cells}
+        self.first = values(tune["low"], tune["high"], tune["trials"], tune["seed"])
+        self.step = (tune["high"] / tune["low"]) ** (1 / tune["trials"])
+        self.seeds = tuple(range(tune["seed"], tune["seed"] + tune["seeds"]))
+        self.rates: dict[tuple[str, str], list[float]] = {}  # of a cell's arm, in the order of their numbers
+        self._sources: dict[tuple[str, str], str | None] = {}  # the trial that a cell's arm is made from
 
     def add(self, names: Sequence[str], chosen: Mapping[str, Mapping[str, float]]) -> None:
         """The trials of some arms; ``chosen`` are the rates of those that they are made from."""
         for cell in self.study.cells:
             for arm in cell.arms:
                 if arm.name in names:
-                    source = None
-                    if arm.source is not None:
-                        source = _name(arm.source, self.rates.index(chosen[cell.name][arm.source]))
-                    self._arms[cell.name] += self._trials(arm, self._config(cell), source)
+                    source = arm.source
+                    if source is not None:
+                        number = self.rates[cell.name, source].index(chosen[cell.name][source])
+                        source = _name(source, number)
+                    self.rates[cell.name, arm.name] = list(self.first)
+                    self._sources[cell.name, arm.name] = source
 
-    def _trials(self, arm: Arm, config: BenchConfig, source: str | None) -> list[Arm]:
+    def go_beyond(self, names: Sequence[str]) -> list[str]:
+        """One more rate for each of some arms whose best is at an edge; returns what was added."""
+        curves, added = self.curves(), []
+        for (cell, arm), rates in self.rates.items():
+            rate = beyond(curves[cell][arm], self.first, self.step) if arm in names else None
+            if rate is not None:
+                rates.append(rate)
+                added.append(f"{cell}/{arm} {rate:g}".lstrip("/"))
+        return added
+
+    def _trials(self, arm: Arm, cell: Cell) -> list[Arm]:
+        key = (cell.name, arm.name)
+        source = self._sources[key]
         made_from = {} if source is None else {"source": source}
         own = {**arm.own, "strategy": arm.strategy, **made_from}
-        names = [_name(arm.name, number) for number in range(len(self.rates))]
         return [
-            make_arm(name, {**own, "lr": rate}, config) for name, rate in zip(names, self.rates, strict=True)
+            make_arm(_name(arm.name, number), {**own, "lr": rate}, self._config(cell))
+            for number, rate in enumerate(self.rates[key])
         ]
 
     def _config(self, cell: Cell) -> BenchConfig:
-        training = dataclasses.replace(
-            cell.config.training, seeds=(self.study.tune["seed"],), evals=1, prompts=1
-        )
+        training = dataclasses.replace(cell.config.training, seeds=self.seeds, evals=1, prompts=1)
         return dataclasses.replace(cell.config, training=training)
 
     @property
     def trials(self) -> Study:
         """All trials so far, as a comparison."""
-        cells = [
-            Cell(cell.name, self._config(cell), tuple(self._arms[cell.name])) for cell in self.study.cells
-        ]
+        cells = []
+        for cell in self.study.cells:
+            arms = [arm for arm in cell.arms if (cell.name, arm.name) in self.rates]
+            made = tuple(trial for arm in arms for trial in self._trials(arm, cell))
+            cells.append(Cell(cell.name, self._config(cell), made))
         return Study(f"{self.study.name}-tune", tuple(cells))
 
-    def scores(self) -> Trials:
-        """What the trials' folders say, in the order of their numbers."""
-        found: Trials = {cell.name: {} for cell in self.study.cells}
+    def curves(self) -> Curves:
+        """What the trials' folders say, by cell and arm."""
+        losses: dict[tuple[str, str], list[list[float]]] = {}
         for pair in pairs_of(self.trials, self.folder):
             arm, number = pair.arm.name.rsplit(".", 1)
-            found[pair.cell.name].setdefault(arm, []).append((self.rates[int(number)], _loss(pair.folder)))
+            rows = losses.setdefault((pair.cell.name, arm), [[] for _ in self.rates[pair.cell.name, arm]])
+            rows[int(number)].append(_loss(pair.folder))
+        found: Curves = {cell.name: {} for cell in self.study.cells}
+        for (cell, arm), rows in losses.items():
+            found[cell][arm] = Curve(tuple(self.rates[cell, arm]), tuple(map(tuple, rows)))
         return found
 
     def best(self, cell: str, arm: str) -> float:
-        """The rate of an arm with the lowest loss.
+        """The rate of an arm with the lowest mean loss.
 
         Raises:
             ConfigError: where every trial failed.
         """
-        good = [(loss, rate) for rate, loss in self.scores()[cell][arm] if loss is not None]
-        if not good:
+        best = self.curves()[cell][arm].best
+        if best is None:
             where = f" in cell {cell}" if cell else ""
-            raise ConfigError(f"every trial of arm '{arm}'{where} failed; lower tune: high")
-        return min(good)[1]
-
-    def at_edge(self, rate: float) -> bool:
-        """Whether a rate is the lowest or the highest that was tried."""
-        return rate in (min(self.rates), max(self.rates))
+            raise ConfigError(f"every trial of arm '{arm}'{where} failed; lower tune: low and high")
+        return best
 
     def page(self, chosen: Mapping[str, Mapping[str, float]]) -> str:
         """All trials, what was chosen, and the expected best of n."""
-        tune, order = self.study.tune, sorted(self.rates)
+        tune = self.study.tune
         range_ = f"from {tune['low']:g} to {tune['high']:g}"
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''} from {tune['seed']}"
         lines = [
             f"# Learning rates of {markdown(self.study.name)}",
             "",
-            f"{tune['trials']} trials for each arm, at the same values {range_}, seed {tune['seed']}, "
-            "scored by the "
-            "final loss on validation, nats a token. Best of n: what the best of n of these trials, drawn "
-            "at random, "
-            "is expected to reach.",
+            f"{tune['trials']} trials for each arm, at the same values {range_}, {seeds}, and further ones "
+            "beyond an edge where the best stood there. Final loss on validation, nats a token: mean, and "
+            "standard deviation over seeds where there are several. Best of n: what the best of n of these "
+            "trials, drawn at random, is expected to reach. Luck: by how much the choice may miss the best, "
+            "by these seeds' own scatter.",
             "",
         ]
-        for cell, arms in self.scores().items():
+        for cell, arms in self.curves().items():
             lines += [f"## {markdown(cell)}", ""] if cell else []
-            columns = [*(f"{rate:g}" for rate in order), *(f"best of {n + 1}" for n in range(len(order)))]
+            rates = sorted({rate for curve in arms.values() for rate in curve.rates})
+            best_of = range(1, len(self.first) + 1)
+            columns = [*(f"{rate:g}" for rate in rates), "luck", *(f"best of {n}" for n in best_of)]
             lines += [f"| arm | chosen | {' | '.join(columns)} |", "|" + " --- |" * (2 + len(columns))]
-            for arm, trials in arms.items():
+            for arm, curve in arms.items():
                 rate = chosen[cell][arm]
-                edge = " (edge)" if self.at_edge(rate) else ""
-                lines.append(f"| {markdown(arm)} | {rate:g}{edge} | {' | '.join(_cells(trials, order))} |")
+                edge = " (edge)" if curve.at_edge(rate) else ""
+                cells = [*(_cell(curve, each) for each in rates), f"{stats.choice_luck(curve.table):.4f}"]
+                cells += [f"{value:.4f}" for value in stats.expected_best(curve.means)[: len(best_of)]]
+                lines.append(f"| {markdown(arm)} | {rate:g}{edge} | {' | '.join(cells)} |")
             lines.append("")
         return "\n".join(lines)
 
 
-def _cells(trials: Sequence[tuple[float, float | None]], order: Sequence[float]) -> list[str]:
-    """The losses in the order of the rates, then the expected best of 1, 2, ... trials."""
-    losses = dict(trials)
-    shown = ["failed" if (loss := losses.get(rate)) is None else f"{loss:.4f}" for rate in order]
-    expected = stats.expected_best([math.inf if loss is None else loss for _, loss in trials])
-    return [*shown, *(f"{value:.4f}" for value in expected)]
+def _cell(curve: Curve, rate: float) -> str:
+    """The mean of a rate, with its spread."""
+    if rate not in curve.rates:
+        return ""
+    losses = curve.losses[curve.rates.index(rate)]
+    if not all(map(math.isfinite, losses)):
+        return "failed"
+    spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+    return f"{np.mean(losses):.4f}{spread}"
 
 
 def _name(arm: str, number: int) -> str:
     return f"{arm}.{number}"
 
 
-def _loss(arm: Path) -> float | None:
-    """Final loss on validation, nats a token; None where the trial failed."""
+def _loss(arm: Path) -> float:
+    """Final loss on validation, nats a token; infinity where the trial failed."""
     if not (arm / layout.RESULT).exists():
-        return None
+        return math.inf
     result = read_result(arm)
-    return math.log(result.val_ppl) if math.isfinite(result.val_ppl) and not result.stopped else None
+    return math.log(result.val_ppl) if math.isfinite(result.val_ppl) and not result.stopped else math.inf

@@ -13,6 +13,7 @@ from iterbatch.records.scheduler import read_schedulers
 from iterbatch.strategy import make_strategy
 from iterbatch.strategy.learnable import LearnableSchedulingStrategy
 from iterbatch.strategy.scheduler import (
+    SPENT,
     VERSION,
     GainLearner,
     Probe,
@@ -54,7 +55,8 @@ def test_the_network_gives_gains_that_fall():
     network = SchedulerLLaMA()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=2.0)
-    first, decay = network(torch.randn(100, 2))
+    with torch.no_grad():
+        first, decay = network(torch.randn(100, 2))
     assert ((decay > 0) & (decay < 1)).all()
     curves = np.array([gain_curve(abs(float(a)), float(g)) for a, g in zip(first, decay, strict=True)])
     assert (np.diff(curves, axis=1) <= 0).all()
@@ -73,7 +75,23 @@ def test_a_probe_goes_one_pass_further_only_where_the_last_one_may_pay():
         for _ in range(30):
             learner.learn((0.0, 0.0), [0.01, 0.01 * second])
         assert learner.curious(2, 0.4) is goes_on
-    assert not learner.curious(1, 0.4)  # nor a second, once it is clear
+
+
+def test_learning_costs_three_per_cent_at_most_and_a_quarter_of_that_once_it_is_clear():
+    learner, probes = GainLearner(seed=0), []
+    for batch in range(4000):
+        learner.decide(3.0, 0.6)
+        if learner.can_pay():
+            probes.append(batch)
+            learner.curious(1, 0.6)
+            wanted = learner.decide(3.0, 0.6)
+            learner.pay(3 * 0.1, wanted, 2, 0.6)
+            learner.learn((0.0, 0.0), [0.01, 0.0])  # a second pass gains nothing
+        assert learner.paid <= SPENT * learner.batches
+    assert probes[0] >= 1 / SPENT - 1  # a run that is too short to learn from is left alone
+    late = [batch for batch in probes if batch > 2000]
+    assert len(late) < len(probes) / 2
+    assert learner.paid == pytest.approx(SPENT / 4 * learner.batches, rel=0.3)
 
 
 # The settings of the toy, with noise as measured in real runs, and a price of repeats.
@@ -183,7 +201,7 @@ def test_a_run_without_a_scheduler_is_refused(tmp_path):
 
     with pytest.raises(RunError, match="holds no scheduler"):
         read_schedulers(tmp_path)
-    with pytest.raises(ConfigError, match="--scheduler_from: .* holds no scheduler"):
+    with pytest.raises(ConfigError, match=r"--scheduler_from: .* holds no scheduler"):
         make_config(scheduler_from=str(tmp_path))
     with pytest.raises(ConfigError, match="--scheduler_frozen needs --scheduler_from"):
         make_config(scheduler_frozen=True)

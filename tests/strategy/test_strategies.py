@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from iterbatch.data.batch import Batch, MicroBatch
 from iterbatch.errors import RunError
 from iterbatch.records.record import BatchRecord
@@ -18,7 +19,7 @@ from iterbatch.strategy.threshold import Threshold, auto_repeats, running_quanti
 class ScriptedStep:
     """``step`` from a list of initial losses: no model, no time. Every pass lowers the loss by a tenth."""
 
-    price_ratio, learning_rate = 0.5, 0.01
+    price_ratio, probe_price = 0.5, 0.05
 
     def __init__(self, losses, affordable=10**9):
         self.losses, self.affordable = iter(losses), affordable

@@ -1,16 +1,18 @@
 """Learning rates: as many trials for every arm, at the same values, resumed where they stopped."""
 
-import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 from support.studies import study_file
 
 from iterbatch.cli.main import main
 from iterbatch.errors import ConfigError
 from iterbatch.records.result import read_result
+from iterbatch.records.tuning import Curve, read_curves
 from iterbatch.study.study_file import load_study
-from iterbatch.study.tune import tune, values
+from iterbatch.study.tune import MOST_BEYOND, beyond, tune, values
 
 
 def test_values_cover_the_range_evenly_on_a_log_scale():
@@ -21,45 +23,72 @@ def test_values_cover_the_range_evenly_on_a_log_scale():
     assert found == values(1e-4, 1e-1, 6, seed=3) != values(1e-4, 1e-1, 6, seed=4)
 
 
+@pytest.mark.parametrize(
+    ("losses", "further"),
+    [
+        ([3.0, 2.9, 2.8, 2.9], None),  # inside
+        ([2.8, 2.9, 3.0, 3.1], 0.5),
+        ([3.0, 2.9, 2.8, 2.7], 16.0),
+        ([3.0, 2.9, 2.8, math.inf], None),  # what diverges bounds the range
+        ([math.inf] * 4, 0.5),  # all of them: lower ones may not
+    ],
+)
+def test_a_best_rate_at_an_edge_asks_for_one_beyond_it(losses, further):
+    rates = (1.0, 2.0, 4.0, 8.0)
+    assert beyond(Curve(rates, tuple((loss, loss) for loss in losses)), rates, 2.0) == further
+
+
+def test_it_goes_four_steps_beyond_an_edge_at_most():
+    rates = [1.0, 2.0]
+    while (
+        rate := beyond(Curve(tuple(rates), tuple((-rate,) for rate in rates)), (1.0, 2.0), 2.0)
+    ) is not None:
+        rates.append(rate)
+    assert rates == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, tiny_folder):
     """A study of three arms, one made from another, after tuning; and what was said."""
     folder = tmp_path_factory.mktemp("tune")
     arms = {"baseline": None, "abr": {"loss_threshold": 2.75}, "permuted": {"source": "abr"}}
-    file = study_file(folder, tiny_folder, arms, max_train_tokens=512)
+    file = study_file(folder, tiny_folder, arms, max_train_tokens=256)
     text = (
         file.read_text(encoding="utf-8")
-        + "tune: {trials: 2, low: 1e-3, high: 1e-1}  # a comment that stays\n"
+        + "tune: {trials: 2, seeds: 2, low: 1e-3, high: 1e-1}  # a comment that stays\n"
     )
     file.write_text(text, encoding="utf-8")
     said = []
     return folder, file, tune(file, folder, 1, said.append), said
 
 
-def test_every_arm_gets_the_same_trials_and_its_best_is_written(tuned):
-    folder, file, chosen, said = tuned
-    scores = json.loads((folder / "study-tune/tuning.json").read_text(encoding="utf-8"))[""]
-    rates = [[rate for rate, _ in scores[arm]] for arm in ("baseline", "abr", "permuted")]
-    assert rates[0] == rates[1] == rates[2] == values(1e-3, 1e-1, 2, seed=1000)
-    for arm, trials in scores.items():
-        best = min(trials, key=lambda trial: trial[1])
-        assert chosen[""][arm] == best[0]
-        number = trials.index(best)
-        result = read_result(folder / f"study-tune/trials/{arm}.{number}/seed1000")
-        assert best[1] == pytest.approx(math.log(result.val_ppl))
+def test_every_arm_gets_the_same_trials_on_all_seeds_and_its_best_mean_is_written(tuned):
+    folder, file, chosen, _ = tuned
+    curves = read_curves(folder / "study-tune")[""]
+    for arm, curve in curves.items():
+        assert list(curve.rates[:2]) == values(1e-3, 1e-1, 2, seed=1000)
+        assert curve.table.shape[1] == 2
+        for number, losses in enumerate(curve.losses):
+            for seed, loss in zip((1000, 1001), losses, strict=True):
+                result = read_result(folder / f"study-tune/trials/{arm}.{number}/seed{seed}")
+                assert loss == pytest.approx(math.log(result.val_ppl))
+        assert chosen[""][arm] == curve.rates[int(np.argmin(curve.table.mean(axis=1)))]
+        # It went on until the best was inside, or four steps beyond the edge.
+        assert len(curve.rates) > 2
+        step = 10.0
+        assert not curve.at_edge(chosen[""][arm]) or len(curve.rates) == 2 + MOST_BEYOND
+        assert max(curve.rates) <= 0.1 * step**MOST_BEYOND
     assert "# a comment that stays" in file.read_text(encoding="utf-8")
     study = load_study(file)
     assert {arm.name: arm.config.training.lr for arm in study.cells[0].arms} == chosen[""]
     page = (folder / "study-tune/tuning.md").read_text(encoding="utf-8")
     assert "best of 2" in page
-    assert "(edge)" in page  # of two trials both are
-    assert any("At the edge of the range" in text for text in said)
+    assert " ± " in page
 
 
 def test_tuning_goes_on_where_it_stopped(tuned):
     folder, file, chosen, _ = tuned
     trained = {each: each.stat().st_mtime_ns for each in folder.rglob("result.json")}
-    assert len(trained) == 6
     said = []
     assert tune(file, folder, 1, said.append) == chosen
     assert {each: each.stat().st_mtime_ns for each in folder.rglob("result.json")} == trained
@@ -67,12 +96,12 @@ def test_tuning_goes_on_where_it_stopped(tuned):
 
 
 def test_a_trial_that_failed_and_was_tried_again_counts(tuned, tmp_path, monkeypatch):
-    import shutil
-
     folder, file, chosen, _ = tuned
     copy = tmp_path / "again"
     shutil.copytree(folder, copy)
-    best = next(copy.glob("study-tune/trials/baseline.*/seed1000/result.json"))
+    rates = read_curves(folder / "study-tune")[""]["baseline"].rates
+    number = rates.index(chosen[""]["baseline"])
+    best = copy / f"study-tune/trials/baseline.{number}/seed1001/result.json"
     kept = best.read_text(encoding="utf-8")
     best.unlink()
     (best.parent / "failed.json").write_text('{"reason": "killed"}', encoding="utf-8")
@@ -80,16 +109,11 @@ def test_a_trial_that_failed_and_was_tried_again_counts(tuned, tmp_path, monkeyp
         "iterbatch.study.tune.compare", lambda *given, **named: None
     )  # what is there is all there is
     tune(file, copy, 1)
-    number = int(best.parent.parent.name.rsplit(".", 1)[1])
-    scores = json.loads((copy / "study-tune/tuning.json").read_text(encoding="utf-8"))[""]["baseline"]
-    assert scores[number][1] is None
+    assert read_curves(copy / "study-tune")[""]["baseline"].losses[number][1] == math.inf
     (best.parent / "failed.json").unlink()
     best.write_text(kept, encoding="utf-8")
     assert tune(file, copy, 1) == chosen
-    assert (
-        json.loads((copy / "study-tune/tuning.json").read_text(encoding="utf-8"))[""]["baseline"][number][1]
-        is not None
-    )
+    assert math.isfinite(read_curves(copy / "study-tune")[""]["baseline"].losses[number][1])
 
 
 def test_an_arm_whose_source_is_not_tuned(tuned, tmp_path):
