@@ -255,6 +255,8 @@ def _resumed(job: Job) -> ArmParts | None:
 def _begun(job: Job) -> ArmParts:
     parts = ArmParts.of(job)
     parts.checkpoints.begin()
+    if foreseen := parts.strategy.foresee(math.log(job.shared.validation.ppl)):
+        job.listener.note(f"{job.arm.name}: {foreseen}")
     return parts
 
 
@@ -455,7 +457,7 @@ def _result(job: Job, parts: ArmParts, scores: Mapping[str, Score], memory: floa
         scaler_skips=ledger.scaler_skips,
         rollbacks=ledger.rollbacks,
         flops_lost=ledger.flops_lost,
-        arm=ArmSettings(arm.strategy, arm.source, arm.config.lr),
+        arm=ArmSettings(arm.strategy, arm.source, arm.config.lr, arm.config.training.budget_share),
         base_text=shared.samples.metrics,
         stopped=parts.progress.stopped,
     )

@@ -70,7 +70,7 @@ def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
     for row in summary.rows(cell):
         table.add_row(*(Text(plain(each)) for each in row))
     console.print(table)
-    if (note := summary.hint(cell)) is not None:
+    for note in summary.notices(cell):
         console.print(Text(note))
     begin = f"begin with {layout.REPORT} or {layout.SUMMARY_PAGE}"
     console.print(Text(f"Records, adapters, samples and figures are in {run_dir} ({begin})."))

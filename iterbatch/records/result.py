@@ -24,6 +24,7 @@ class ArmSettings:
     strategy: str
     source: str | None  # the arm whose passes it was made from
     lr: float  # peak learning rate
+    budget_share: float = 1.0  # of its budget, in the cell's
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,10 @@ def result_of(row: Mapping[str, Any], arm: str, seed: int) -> ArmResult:
 def _settings(content: Mapping[str, Any]) -> ArmSettings:
     source = content["source"]
     return ArmSettings(
-        str(content["strategy"]), None if source is None else str(source), float(content["lr"])
+        str(content["strategy"]),
+        None if source is None else str(source),
+        float(content["lr"]),
+        float(content.get("budget_share", 1.0)),
     )
 
 

@@ -4,7 +4,7 @@ import math
 import statistics
 
 from iterbatch.report.comparison import CellScores, Comparison
-from iterbatch.report.wording import interval_words, mean, number, percent
+from iterbatch.report.wording import interval_of, interval_words, mean, number, percent, share_words
 from iterbatch.strategy import REFERENCE
 
 
@@ -15,7 +15,7 @@ def answers(cell: CellScores) -> list[str]:
     """
     if cell.arm(REFERENCE) is None:
         return [f"There is no arm '{REFERENCE}' to compare with; the table below stands alone."]
-    said = [*_best(cell), _target_words(cell)]
+    said = [*_best(cell), *_luck_words(cell), *_alike_words(cell), *_worth_words(cell), _target_words(cell)]
     said += [f"{question} {verdict_words(each)}" for question, each in cell.questions]
     return [*said, *_text_words(cell)]
 
@@ -55,27 +55,45 @@ def _best(cell: CellScores) -> list[str]:
 
 def _target_words(cell: CellScores) -> str:
     reached_by, missed_by = [], []
-    for arm in cell.arms:
-        if arm.name == REFERENCE:
-            continue
+    for arm in cell.compared:
         interval, reached, of = cell.to_target(arm.name)
-        if reached < of:
+        if reached < of or not of:
             missed_by.append(f"{arm.name} ({reached} of {of})")
         else:
-            between = (
-                "" if math.isnan(interval.low) else f" [{1 / interval.high:.2f}, {1 / interval.low:.2f}]"
-            )
-            reached_by.append(f"{arm.name} {1 / interval.estimate:.2f}{between}")
-    level = f"{math.exp(cell.target):.2f}" if not math.isnan(cell.target) else "-"
-    _, own, seeds = cell.to_target(REFERENCE)
-    found = "; ".join(
-        [*reached_by, *([f"not reached with every seed: {', '.join(missed_by)}"] if missed_by else [])]
-    )
+            reached_by.append(f"{arm.name} {share_words(interval)}")
+    missed = [f"not reached with every seed: {', '.join(missed_by)}"] if missed_by else []
+    found = "; ".join([*reached_by, *missed])
     return (
-        f"FLOPs to reach the baseline's mean validation perplexity ({level}, which the baseline itself "
-        f"reaches with {own} of {seeds} seeds), as a "
-        f"share of the baseline's: {found or 'no other arm'}."
+        "FLOPs to reach the final validation perplexity of its own baseline, the one of the same seed, as a "
+        f"share of that baseline's: {found or 'no other arm'}. A curve that is nearly flat at its end makes "
+        "much of little here."
     )
+
+
+def _worth_words(cell: CellScores) -> list[str]:
+    found = [(arm.name, cell.worth(arm.name)) for arm in cell.compared]
+    said = [f"{name} {interval_of(worth)}" for name, worth in found if worth is not None]
+    if cell.exchange is None or not said:
+        return []
+    shares = ", ".join(f"{share:g}" for share in cell.exchange[0])
+    return [
+        "Compute worth: what the baseline would have needed to end where the arm did, over what the arm "
+        f"spent, read off baselines that decayed at {shares} of the budget: {'; '.join(said)}. Above 1 the arm pays."
+    ]
+
+
+def _alike_words(cell: CellScores) -> list[str]:
+    return [arm.alike for arm in cell.arms if arm.alike]
+
+
+def _luck_words(cell: CellScores) -> list[str]:
+    known = [each.luck for each in cell.against_baseline if not math.isnan(each.luck)]
+    if not known:
+        return []
+    return [
+        f"The choice of learning rates alone could move these differences by ± {min(known):.4f} to "
+        f"{max(known):.4f} nats a token (standard error, by the tuning seeds); the intervals allow for it."
+    ]
 
 
 def verdict_words(each: Comparison) -> str:
@@ -95,7 +113,7 @@ def verdict_words(each: Comparison) -> str:
 
 def _text_words(cell: CellScores) -> list[str]:
     baseline = cell.arm(REFERENCE)
-    compared = [arm for arm in cell.arms if arm.name != REFERENCE and arm.finished]
+    compared = [arm for arm in cell.compared if arm.finished]
     if baseline is None or not baseline.finished or not compared:
         return []
     rep, varied = (

@@ -30,6 +30,7 @@ from iterbatch.records.read import (
 )
 from iterbatch.records.record import BatchRecord, EvalRecord, read_lines, tolerant
 from iterbatch.records.result import ArmResult, read_result
+from iterbatch.records.tuning import read_curves
 from iterbatch.report import stats
 from iterbatch.strategy import REFERENCE, STRATEGIES
 
@@ -52,7 +53,7 @@ class Batches:
     """
 
     def __init__(self, file: Path) -> None:
-        losses, passes, received = array("d"), array("q"), array("q")
+        losses, passes, received, planned = array("d"), array("q"), array("q"), array("q")
         self.falls: list[
             float
         ] = []  # by pass: sum over batches of the loss before it, minus the initial loss
@@ -63,11 +64,13 @@ class Batches:
             losses.append(record.initial_loss)
             passes.append(record.repeats_done)
             received.append(record.repeats_done + len(record.revisited))
+            planned.append(record.repeats_planned)
             if len(record.losses) > 1:
                 self._fall(record.losses)
         self.losses = np.array(losses)  # (batches,) initial loss, nats a token
         self.passes = np.array(passes)  # (batches,) of the batch itself
         self.received = np.array(received)  # (batches,) made while it was the current one
+        self.planned = np.array(planned)  # (batches,) that its strategy asked for
 
     def _fall(self, losses: list[float]) -> None:
         new = [0] * (len(losses) - len(self.falls))
@@ -136,6 +139,35 @@ class ArmScores:
         values = self.values(figure)
         return statistics.fmean(values) if values else math.nan
 
+    @property
+    def budget_share(self) -> float:
+        """Of its budget, in the cell's: not 1 for a baseline that says what compute is worth."""
+        settings = [each.result.arm for each in self.seeds if each.result is not None and each.result.arm]
+        return settings[0].budget_share if settings else 1.0
+
+    @property
+    def rate(self) -> float:
+        """Its learning rate; NaN where no result says it."""
+        settings = [each.result.arm for each in self.seeds if each.result is not None and each.result.arm]
+        return settings[0].lr if settings else math.nan
+
+    @cached_property
+    def alike(self) -> str:
+        """Where a strategy that means to adapt treated all batches alike: what it saw, and what would help."""
+        kind = STRATEGIES.get(self.kind)
+        batches = [each.batches for each in self.finished]
+        planned = {int(passes) for each in batches for passes in np.unique(each.planned)}
+        if kind is None or not kind.adapts or len(planned) != 1:
+            return ""
+        losses = np.concatenate([each.losses[np.isfinite(each.losses)] for each in batches])
+        (passes,) = planned
+        times = "repeated no batch" if passes == 1 else f"gave every batch {passes} passes alike"
+        saw = (
+            f"{self.name} {times}: their initial losses lay between {losses.min():.2f} and {losses.max():.2f}"
+        )
+        advice = kind.advice(losses.tolist()) if len(losses) else ""
+        return f"{saw}. {advice}".rstrip(". ") + "."
+
     def text(self, decoding: str, metric: str) -> list[float]:
         """A metric of the written text, of each finished seed that has it."""
         return self.values(lambda result: result.text.get(decoding, {}).get(metric))
@@ -158,6 +190,8 @@ class Comparison:
     improvement: float  # probability of improvement
     # Part of the estimate's standard error that comes from few documents, whatever the number of seeds.
     document_error: float = math.nan
+    # Part of its standard error that comes from the choice of learning rates; NaN where it is not known.
+    luck: float = math.nan
     p_adjusted: float = math.nan
 
     @property
@@ -196,6 +230,8 @@ class CellScores:
         names = sorted(arms, key=lambda arm: places.get(arm, len(places)))
         self.arms = [ArmScores(arm, known.get(arm) or _kind(arm, arms[arm]), arms[arm]) for arm in names]
         self.config = settings_of(run_dir)
+        study = run_dir.parent if name else run_dir
+        self.tuning = read_curves(study).get(name, {})  # how its arms' learning rates were found
 
     def with_arms(self, arms: list[ArmScores]) -> "CellScores":
         """The same cell with other scores."""
@@ -213,6 +249,11 @@ class CellScores:
         return next((arm for arm in self.arms if arm.name == name), None)
 
     @property
+    def compared(self) -> list[ArmScores]:
+        """The arms that are compared with the baseline: those with the same budget."""
+        return [arm for arm in self.arms if arm.name != REFERENCE and arm.budget_share == 1]
+
+    @property
     def unit(self) -> str:
         """What all arms could spend the same of."""
         return str(self.config.get("match", "epochs"))
@@ -220,7 +261,7 @@ class CellScores:
     @cached_property
     def method(self) -> tuple[str, dict[str, float]]:
         """The interval for this many seeds and documents, and every method's simulated coverage."""
-        found = [self._table(arm.name, REFERENCE) for arm in self.arms if arm.name != REFERENCE]
+        found = [self._table(arm.name, REFERENCE) for arm in self.compared]
         tables = [table for table in found if table is not None]
         sizes = {table.shape for table in tables if len(table) > 1}
         if not sizes:
@@ -277,7 +318,9 @@ class CellScores:
             np.array([each.documents["test"][0] for each in side]) for side in zip(*pairs, strict=True)
         )
         tokens = pairs[0][0].documents["test"][1]
+        luck = math.hypot(self.luck(arm), self.luck(reference))
         interval = stats.compare(ours, theirs, tokens, self.method[0]) if len(pairs) > 1 else None
+        interval = None if interval is None else stats.with_luck(interval, luck)
         by_seed = [
             (one.loss("test") - two.loss("test"), one.loss("validation") - two.loss("validation"))
             for one, two in pairs
@@ -294,7 +337,15 @@ class CellScores:
             deviation=statistics.stdev(test for test, _ in by_seed) if several else math.nan,
             improvement=improvement,
             document_error=math.sqrt(stats.components(table)[1] / table.shape[1]) if several else math.nan,
+            luck=luck,
         )
+
+    def luck(self, arm: ArmScores) -> float:
+        """By how much the choice of an arm's learning rate may miss its best, nats; NaN where not known."""
+        curve = self.tuning.get(arm.name)
+        if curve is None or arm.rate not in curve.rates:
+            return math.nan
+        return stats.choice_luck(curve.table)
 
     def documents(self, name: str) -> int:
         """Documents of the test split that an arm was scored on; 0 where it finished no seed."""
@@ -308,7 +359,7 @@ class CellScores:
     @cached_property
     def against_baseline(self) -> list[Comparison]:
         """Every arm against the baseline, its p-values adjusted for their number."""
-        return _adjusted([self.compare(arm.name) for arm in self.arms if arm.name != REFERENCE])
+        return _adjusted([self.compare(arm.name) for arm in self.compared])
 
     @cached_property
     def questions(self) -> list[tuple[str, Comparison]]:
@@ -330,41 +381,67 @@ class CellScores:
         """Question, the arm whose claim is examined, the control it must beat: as the strategies say."""
         kinds = list(STRATEGIES)
         known = sorted(
-            (arm for arm in self.arms if arm.kind in STRATEGIES), key=lambda arm: kinds.index(arm.kind)
+            (arm for arm in self.compared if arm.kind in STRATEGIES), key=lambda arm: kinds.index(arm.kind)
         )
         return [asked for arm in known for asked in [_question(arm)] if asked is not None]
 
-    # -- time to target ------------------------------------------------------------------------------ -----
-
-    @cached_property
-    def target(self) -> float:
-        """The baseline's mean final loss on validation, nats a token; NaN without one."""
-        baseline = self.arm(REFERENCE)
-        finals = [each.validation[-1] for each in baseline.finished if each.validation] if baseline else []
-        return statistics.fmean(record.nats / record.tokens for record in finals) if finals else math.nan
+    # -- time to target, and what compute is worth -----------------------------------------------------------
 
     def to_target(self, name: str, axis: str = "flops") -> tuple[stats.Interval, int, int]:
-        """How many times less than the baseline's whole cost an arm spent to reach the target.
+        """How many times less an arm spent to reach what its own baseline, of the same seed, ends with.
 
         Returns:
-            That, the seeds that reached it, and all seeds.
+            That, on validation; the seeds that reached it, and all seeds.
         """
         arm, baseline = self.arm(name), self.arm(REFERENCE)
         assert arm is not None
-        whole = baseline.mean(lambda result: getattr(result, axis)) if baseline else math.nan
-        costs = [self._cost(each, axis) for each in arm.seeds]
-        return stats.speed_up([whole] * len(costs), costs), sum(map(math.isfinite, costs)), len(costs)
+        own = {each.seed: each for each in baseline.finished if each.validation} if baseline else {}
+        pairs = [(each, own[each.seed]) for each in arm.seeds if each.seed in own]
+        whole = [float(getattr(two.validation[-1], axis)) for _, two in pairs]
+        costs = [self._cost(one, axis, _loss(two.validation[-1])) for one, two in pairs]
+        reached = sum(map(math.isfinite, costs))
+        if not pairs:
+            return stats.Interval(0.0, math.nan, math.nan, math.nan, "missed"), 0, len(arm.seeds)
+        return stats.speed_up(whole, costs), reached, len(pairs)
 
-    def _cost(self, scores: SeedScores, axis: str) -> float:
+    def _cost(self, scores: SeedScores, axis: str, target: float) -> float:
         records = scores.validation
-        if scores.failed is not None or not records or math.isnan(self.target):
+        if scores.failed is not None or not records:
             return math.inf
-        if records[0].nats / records[0].tokens <= self.target:
-            records = records[
-                1:
-            ]  # the untrained base is there already; what counts is an arm that was trained
+        if _loss(records[0]) <= target:
+            # The untrained base is there already; what counts is an arm that was trained.
+            records = records[1:]
         costs = [getattr(record, axis) for record in records]
-        return stats.cost_to_target(costs, [record.nats / record.tokens for record in records], self.target)
+        return stats.cost_to_target(costs, list(map(_loss, records)), target)
+
+    @cached_property
+    def exchange(self) -> tuple[list[float], list[float]] | None:
+        """Budgets at which the baseline was trained, as shares, and how its final loss differs; or None."""
+        ladder = [arm for arm in self.arms if arm.kind == REFERENCE and arm.budget_share != 1]
+        found = [(arm, self._pairs(arm.name, REFERENCE, "test")) for arm in ladder]
+        steps = [
+            (arm.budget_share, statistics.fmean(one.loss("test") - two.loss("test") for one, two in pairs))
+            for arm, pairs in found
+            if pairs
+        ]
+        if not steps:
+            return None
+        shares, losses = zip(*sorted([*steps, (1.0, 0.0)]), strict=True)
+        return list(shares), list(losses)
+
+    def worth(self, name: str) -> stats.Interval | None:
+        """Compute that the baseline needs to end where an arm does, over what the arm spent: above 1 it pays.
+
+        Geometric mean over seeds, each against its own baseline, with a t interval. None where the baseline
+        was trained at one budget only, or no seed is in both.
+        """
+        pairs = self._pairs(name, REFERENCE, "test")
+        if self.exchange is None or not pairs:
+            return None
+        share = stats.exchange(*self.exchange)
+        needed = [share(one.loss("test") - two.loss("test")) for one, two in pairs]
+        spent = [_flops(one) / _flops(two) for one, two in pairs]
+        return stats.speed_up(needed, spent)
 
     @property
     def skipped_lines(self) -> int:
@@ -372,12 +449,26 @@ class CellScores:
         return sum(each.skipped_lines for arm in self.arms for each in arm.seeds)
 
 
+def _loss(record: EvalRecord) -> float:
+    return record.nats / record.tokens
+
+
+def _flops(scores: SeedScores) -> float:
+    return scores.result.flops if scores.result is not None else math.nan
+
+
 def _question(arm: ArmScores) -> tuple[str, str, str] | None:
     kind = STRATEGIES[arm.kind]
     if not kind.question:
         return None
-    asked = kind.question if arm.name == arm.kind else f"{kind.question} ({arm.name})"
-    return (asked, arm.name, kind.rival) if kind.rival else (asked, kind.arm, arm.name)
+    settings = next((each.result.arm for each in arm.seeds if each.result is not None), None)
+    source = settings.source if settings is not None and kind.made_from else None
+    names = [
+        *([arm.name] if arm.name != arm.kind else []),
+        *([f"of {source}"] if source not in (None, "abr") else []),
+    ]
+    asked = f"{kind.question} ({', '.join(names)})" if names else kind.question
+    return (asked, arm.name, kind.rival) if kind.rival else (asked, source or kind.arm, arm.name)
 
 
 def _adjusted(comparisons: Sequence[Comparison | None]) -> list[Comparison]:

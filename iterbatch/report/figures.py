@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iterbatch.errors import RunError
+from iterbatch.records.scheduler import read_scheduler
 from iterbatch.records.write import whole_or_not
-from iterbatch.report.comparison import AXES, CellScores
+from iterbatch.report.comparison import AXES, ArmScores, CellScores
 from iterbatch.strategy import REFERENCE
 
 if TYPE_CHECKING:
@@ -160,13 +162,11 @@ def _forest(axes: Axes, cell: CellScores) -> bool:
 
 
 def _to_target(axes: Axes, cell: CellScores) -> bool:
-    if np.isnan(cell.target):
+    if cell.arm(REFERENCE) is None:
         return False
-    for place, arm in zip(_rows(axes, [arm.name for arm in cell.arms]), cell.arms, strict=True):
+    for place, arm in zip(_rows(axes, [arm.name for arm in cell.compared]), cell.compared, strict=True):
         interval, reached, of = cell.to_target(arm.name)
-        if arm.name == REFERENCE:
-            axes.barh(place, 1, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8)
-        elif reached == of and interval.estimate > 0:
+        if reached == of and interval.estimate > 0:
             axes.barh(
                 place, 1 / interval.estimate, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8
             )
@@ -177,8 +177,77 @@ def _to_target(axes: Axes, cell: CellScores) -> bool:
                 0.01, place, f"reached with {reached} of {of} seeds", va="center", fontsize=8, color=INK
             )
     axes.axvline(1, color=INK, linewidth=0.8)
-    axes.set(xlabel="FLOPs to target, share of the baseline's", xlim=(0, None))
+    axes.set(xlabel="FLOPs to target, share of its own baseline's", xlim=(0, None))
+    return bool(cell.compared)
+
+
+def _worth(axes: Axes, cell: CellScores) -> bool:
+    if cell.exchange is None:
+        return False
+    shares, losses = cell.exchange
+    axes.plot(shares, losses, color=INK, marker="o", markersize=4, linewidth=1.2, label="baseline")
+    for each in cell.against_baseline:
+        if np.isfinite(each.estimate):
+            colour = _colour(cell, each.arm)["color"]
+            axes.plot(1, each.estimate, marker="s", markersize=6, linestyle="", color=colour)
+            axes.annotate(
+                each.arm, (1, each.estimate), (6, -3), textcoords="offset points", fontsize=8, color=INK
+            )
+    axes.set(xlabel="budget, share of the cell's", ylabel="log test perplexity, to the baseline's")
     return True
+
+
+def _tuning(axes: Axes, cell: CellScores) -> bool:
+    for arm in cell.arms:
+        curve = cell.tuning.get(arm.name)
+        if curve is None:
+            continue
+        order = np.argsort(curve.rates)
+        rates, losses = np.array(curve.rates)[order], curve.table[order]
+        rates, losses = rates[np.isfinite(losses).all(axis=1)], losses[np.isfinite(losses).all(axis=1)]
+        if len(rates):
+            style = _colour(cell, arm.name)
+            axes.plot(
+                rates, losses.mean(axis=1), marker="o", markersize=3, linewidth=1.4, label=arm.name, **style
+            )
+            if losses.shape[1] > 1:
+                low, high = losses.min(axis=1), losses.max(axis=1)
+                axes.fill_between(rates, low, high, color=style["color"], alpha=0.1, linewidth=0)
+    axes.set(xlabel="learning rate", ylabel="validation loss of trials, nats a token", xscale="log")
+    _legend(axes)
+    return bool(axes.lines)
+
+
+def _learned(axes: Axes, cell: CellScores) -> bool:
+    """What a scheduler expected of each pass over training: middling losses, with high and low ones."""
+    folder = next((found for arm in cell.arms if (found := _scheduler_of(arm)) is not None), None)
+    if folder is None:
+        return False
+    course = read_scheduler(folder)["course"]
+    batches = [point["batch"] for point in course]
+    for place in range(len(course[0]["middling"])):
+        colour = PALETTE[place]
+        gains = [point["middling"][place] for point in course]
+        axes.plot(batches, gains, color=colour, linewidth=1.6, label=f"pass {place + 1}")
+        low, high = ([point[name][place] for point in course] for name in ("low", "high"))
+        axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel="batch", ylabel="expected gain, nats a token of probe text", yscale="symlog")
+    largest = max(abs(gain) for point in course for gain in point["middling"]) or 1.0
+    axes.set_yscale("symlog", linthresh=largest / 100)
+    _legend(axes)
+    return True
+
+
+def _scheduler_of(arm: ArmScores) -> Path | None:
+    """The first seed of an arm that kept a scheduler with a course."""
+    for each in arm.finished:
+        try:
+            if read_scheduler(each.folder).get("course"):
+                return each.folder
+        except RunError:
+            continue
+    return None
 
 
 def _passes(axes: Axes, cell: CellScores) -> bool:
@@ -304,10 +373,31 @@ FIGURES: list[tuple[str, str, str, Paint]] = [
     (
         "time_to_target",
         "Compute to reach the baseline's perplexity",
-        "FLOPs until the baseline's mean final validation loss, as a share of what the baseline spends. No "
-        "bar: not "
-        "reached with every seed.",
+        "FLOPs until an arm has the final validation loss of its own baseline, of the same seed, as a share "
+        "of what that one spends; geometric mean over seeds, 95% interval. No bar: not reached with every "
+        "seed.",
         _to_target,
+    ),
+    (
+        "worth",
+        "What compute is worth",
+        "Line: the baseline, decayed at several budgets. The share at which the line is as low as an arm is "
+        "what the arm's compute was worth.",
+        _worth,
+    ),
+    (
+        "tuning",
+        "How the learning rates were found",
+        "Every arm's validation loss at every rate that was tried: mean and range over the tuning seeds.",
+        _tuning,
+    ),
+    (
+        "learned",
+        "What learnable has learned",
+        "Gain that the scheduler of the first seed expects of each pass, for a batch of middling loss; bands "
+        "reach from losses a standard deviation below to one above. It is measured on text that is never "
+        "trained on.",
+        _learned,
     ),
     ("repeats", "Passes over training", "Passes a batch, mean over seeds and 15 batches.", _passes),
     (

@@ -16,13 +16,25 @@ from urllib.parse import quote
 
 from iterbatch.errors import RunError
 from iterbatch.records import layout
+from iterbatch.records.base_table import read_base_table
 from iterbatch.records.read import Samples, read_samples
 from iterbatch.records.result import DECODINGS, ArmResult
 from iterbatch.records.write import write_text
 from iterbatch.report import figures, mauve, summary
 from iterbatch.report.answers import answers, verdict_words
 from iterbatch.report.comparison import ArmScores, CellScores, Comparison, SeedScores, read_cells
-from iterbatch.report.wording import interval_words, markdown, mean, number, plain, signed, spread
+from iterbatch.report.stats import Interval
+from iterbatch.report.wording import (
+    interval_of,
+    interval_words,
+    markdown,
+    mean,
+    number,
+    plain,
+    share_words,
+    signed,
+    spread,
+)
 from iterbatch.strategy import REFERENCE
 
 TEMPLATES = Path(__file__).parent.parent / "assets" / "report"
@@ -144,6 +156,7 @@ def _unique(drawing: figures.Drawing, anchor: str) -> str:
 
 def _row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> dict[str, Any]:
     interval, reached, of = cell.to_target(arm.name)
+    worth = cell.worth(arm.name)
     baseline = cell.arm(REFERENCE)
     both = baseline is not None and arm.finished and baseline.finished
     ratio = _flops(arm) / _flops(baseline) if both else math.nan  # pyright: ignore[reportArgumentType]
@@ -156,7 +169,9 @@ def _row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> dict[
         "p": "" if compared is None or compared.interval is None else f"{compared.p_adjusted:.3f}",
         "improvement": "" if compared is None else number(compared.improvement, 2),
         "verdict": "" if compared is None else compared.verdict,
-        "target": _share(interval.estimate, reached, of) if arm.name != REFERENCE else "",
+        "target": _share(interval, reached, of) if arm.name != REFERENCE else "",
+        "worth": "" if arm.name == REFERENCE or worth is None else interval_of(worth),
+        "luck": "" if compared is None else number(compared.luck, 4),
         "repeats": number(arm.mean(lambda result: result.mean_repeats), 2),
         "updates": number(arm.mean(lambda result: result.updates), 0),
         "fresh": number(arm.mean(lambda result: result.tokens_unique), 0),
@@ -170,8 +185,10 @@ def _flops(arm: ArmScores) -> float:
     return arm.mean(lambda result: result.flops)
 
 
-def _share(speed_up: float, reached: int, of: int) -> str:
-    return f"{1 / speed_up:.2f}" if reached == of and speed_up > 0 else f"reached by {reached} of {of}"
+def _share(speed_up: Interval, reached: int, of: int) -> str:
+    return (
+        share_words(speed_up) if reached == of and speed_up.estimate > 0 else f"reached by {reached} of {of}"
+    )
 
 
 def _text_row(arm: ArmScores) -> dict[str, Any]:
@@ -265,6 +282,15 @@ def _notes(cell: CellScores) -> list[str]:
             "interval is for its difference alone; "
             "p-values and verdicts are corrected for the number of arms, or of controls."
         )
+    notes += _scored(cell)
+    if (table := read_base_table(cell.run_dir)) is not None:
+        baseline = cell.arm(REFERENCE)
+        whole = _flops(baseline) if baseline is not None and baseline.finished else math.nan
+        share = f", {table.flops / whole:.0%} of a baseline" if math.isfinite(whole) else ""
+        notes.append(
+            f"The base's losses on all training blocks were computed once for all arms and seeds: "
+            f"{table.flops / 1e9:,.0f} GFLOPs{share}, in no arm's budget."
+        )
     if cell.skipped_lines:
         notes.append(
             f"{cell.skipped_lines} lines of records could not be read (cut off, damaged, or of another "
@@ -282,6 +308,18 @@ def _notes(cell: CellScores) -> list[str]:
         else []
     )
     return notes
+
+
+def _scored(cell: CellScores) -> list[str]:
+    """How much text the numbers rest on."""
+    each = next((seed for arm in cell.arms for seed in arm.finished if seed.documents), None)
+    if each is None:
+        return []
+    found = []
+    for split in ("validation", "test"):
+        tokens = each.documents[split][1]
+        found.append(f"{len(tokens):,} documents ({tokens.sum():,.0f} tokens) of {split}")
+    return [f"Scored: {' and '.join(found)}."]
 
 
 def _map(sections: list[Section]) -> list[dict[str, Any]]:

@@ -101,6 +101,13 @@ def _compute_ratio(cell: CellScores, arm: ArmScores) -> float | None:
     return statistics.fmean(ratios) if ratios and len(ratios) == len(results) else None
 
 
+def notices(cell: CellScores) -> list[str]:
+    """What the reader of the table must know: arms that did not adapt, and cost that differs."""
+    alike = [arm.alike for arm in cell.arms if arm.alike]
+    unequal = hint(cell)
+    return [*alike, *([] if unequal is None else [unequal])]
+
+
 def hint(cell: CellScores) -> str | None:
     """What the reader must keep in mind where the arms did not cost the same."""
     ratios = [ratio for arm in cell.arms if (ratio := _compute_ratio(cell, arm)) is not None]
@@ -131,7 +138,7 @@ def _page(cell: CellScores, results: Sequence[ArmResult]) -> str:
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join([markdown(name), *cells]) + " |" for name, *cells in rows(cell)]
     lines += ["", *_troubles(results)]
-    if (note := hint(cell)) is not None:
+    for note in notices(cell):
         lines += [note, ""]
     lines += [
         *_reuse_section(cell, results),

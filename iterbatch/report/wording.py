@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from iterbatch.report.comparison import Comparison
+from iterbatch.report.stats import Interval
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -42,6 +43,19 @@ def interval_words(comparison: Comparison) -> str:
         return signed(comparison.estimate)
     low, high = signed(comparison.interval.low), signed(comparison.interval.high)
     return f"{signed(comparison.estimate)} [{low}, {high}]"
+
+
+def interval_of(ratio: Interval) -> str:
+    """A ratio with its interval, where it has one."""
+    between = "" if math.isnan(ratio.low) else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
+    return f"{ratio.estimate:.2f}{between}"
+
+
+def share_words(speed_up: Interval) -> str:
+    """How much less, as a share of what is spent otherwise, with its interval."""
+    return interval_of(
+        Interval(1 / speed_up.estimate, 1 / speed_up.high, 1 / speed_up.low, speed_up.p, speed_up.method)
+    )
 
 
 def percent(comparison: Comparison) -> str:

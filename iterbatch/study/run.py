@@ -17,7 +17,7 @@ from iterbatch.runtime.run_folder import find_folder, hold, locked
 from iterbatch.study.engines.in_process import InProcess
 from iterbatch.study.engines.processes import Processes
 from iterbatch.study.pairs import Cell, Notify, Study, pairs_of, run_pairs
-from iterbatch.study.study_folder import begin, keep
+from iterbatch.study.study_folder import begin, keep, keep_tuning
 
 
 def run(config: BenchConfig, listener: Listener | None = None) -> Path:
@@ -71,4 +71,5 @@ def compare(
         raise RunError(f"{run_dir} is not a folder; give another --run_name")
     with locked(run_dir):
         begin(study, run_dir, overwrite=overwrite, keep_arms=keep_arms)
+        keep_tuning(run_dir)
         return run_pairs(pairs_of(study, run_dir), Processes(workers, notify))

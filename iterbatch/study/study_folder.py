@@ -10,6 +10,7 @@ from iterbatch.errors import ConfigError, RunError
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records import layout
 from iterbatch.records.read import BAD_JSON, damaged_study, read_study
+from iterbatch.records.tuning import read_curves, write_curves
 from iterbatch.records.write import sweep, write_json, write_text
 from iterbatch.runtime.run_folder import RESUMABLE, empty, run_content
 from iterbatch.study.pairs import Cell, Study
@@ -80,6 +81,12 @@ def keep(study: Study, run_dir: Path) -> None:
             if name in content["cells"]:
                 content["cells"][name]["arms"] = cell["arms"] | content["cells"][name]["arms"]
     write_json(run_dir / layout.STUDY, content)
+
+
+def keep_tuning(run_dir: Path) -> None:
+    """Take over the trials that the study's learning rates were chosen by, where they lie beside it."""
+    if curves := read_curves(run_dir.with_name(f"{run_dir.name}-tune")):
+        write_curves(run_dir, curves)
 
 
 def _check_same(run_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
