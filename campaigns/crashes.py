@@ -39,6 +39,7 @@ import iterbatch.evaluation.trained
 import iterbatch.study.run  # noqa: F401
 from campaigns.tiny import make_tiny
 from iterbatch.cli.main import main as iterbatch_main
+from iterbatch.strategy import STRATEGIES
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TIMED = {
@@ -49,12 +50,25 @@ TIMED = {
     "seconds_saved",
     "seconds_charged",
 }
+EVERY = {  # every strategy there is, each on a few batches
+    "strategies": " ".join(STRATEGIES),
+    "seeds": "0 1",
+    "max_train_tokens": 640,
+    "batch_size": 1,
+    "grad_accum": 2,
+    "epochs": 1,
+    "gap": 2,
+    "loss_threshold": "auto",
+    "prompts": 1,
+}
 VARIANTS: list[dict[str, Any]] = [
     {"lora_layers": "all", "reuse": "batch"},
     {"lora_layers": "top:1", "reuse": "batch"},
     {"lora_layers": "top:1", "reuse": "epoch"},
     {"lora_layers": "top:1", "reuse": "epoch", "lora_dropout": 0.1, "grad_accum": 2},
     {"lora_layers": "all", "reuse": "off", "lora_dropout": 0.1, "match": "flops"},
+    {**EVERY, "lora_layers": "top:1", "placement": "at_once"},
+    {**EVERY, "lora_layers": "top:1", "placement": "spaced", "reuse": "epoch", "match": "flops"},
 ]
 THERE = ("manifest.json", "config.yaml", "study.json", "lock")  # they hold times and paths
 KILLS_A_RUN = 8
@@ -76,13 +90,17 @@ def flags(model: Path, save_dir: Path, variant: dict[str, Any]) -> list[str]:
         "lr": 0.01,
         "loss_threshold": 3.0,
         "probe_rate": 0.5,
+        "probe_budget": 1.0,
         "log_with": "none",
         "checkpoint_every": "1u",
         "save_dir": save_dir,
         "run_name": "run",
         **variant,
     }
-    return ["train", *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
+    return [
+        "train",
+        *(word for name, value in settings.items() for word in (f"--{name}", *str(value).split())),
+    ]
 
 
 def die_at(number: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from iterbatch.config import BenchConfig, Every, StrategyConfig, range_problems
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.records.scheduler import read_schedulers
-from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source
+from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, source_of
 from iterbatch.strategy.base import AT_ONCE, PROBE_TEXT
 from iterbatch.strategy.scheduler import probes_of
 
@@ -129,14 +129,16 @@ def unknown_strategy(name: str, where: str = "") -> str:
 
 def _source_problems(config: BenchConfig) -> list[str]:
     """Arms that come before those they are made from."""
-    source, problems = config.strategy.source, []
+    problems: list[str] = []
     before: set[str] = set()
     for name in config.strategy.strategies:
-        if name in STRATEGIES and needs_source(name) and source not in before:
-            problems.append(
-                f"'{name}' is made from the passes of --source '{source}', which does not come before it; "
-                f"add '{source}' in front"
-            )
+        if name in STRATEGIES and needs_source(name):
+            source = source_of(name, config.strategy.source)
+            if source not in before:
+                problems.append(
+                    f"'{name}' is made from '{source}', which does not come before it; add '{source}' in "
+                    "front, or give another --source"
+                )
         before.add(name)
     return problems
 

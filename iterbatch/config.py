@@ -413,7 +413,7 @@ class StrategyConfig:
     """The strategies. Their knobs are their own: :func:`iterbatch.strategy.knobs` collects them."""
 
     strategies: tuple[str, ...] = ("baseline", "abr", "learnable", "window")
-    source: str = "abr"  # the arm whose passes some controls are made from
+    source: str | None = None  # the arm that controls are made from; None: the one each examines
     knobs: Mapping[str, Any] = field(default_factory=dict)  # by name; None is a strategy's own default
 
 

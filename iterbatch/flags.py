@@ -34,7 +34,10 @@ def _strategy_flags() -> type:
     """The strategy group: which strategies, the knobs they say they have, what controls are made from."""
     defaults, controls = StrategyConfig(), [name for name in STRATEGIES if needs_source(name)]
     strategies = Knob(f"Strategies to compare: {', '.join(STRATEGIES)}.")
-    source = Knob(f"Arm whose passes {', '.join(controls)} are made from; it must come before them.")
+    source = Knob(
+        f"Arm that {', '.join(controls)} are made from; it must come before them. "
+        "Default: abr; frozen: learnable"
+    )
     own = [
         (
             each.name,
@@ -46,7 +49,7 @@ def _strategy_flags() -> type:
     rows: list[tuple[str, Any, Any]] = [
         ("strategies", Annotated[tuple[str, ...], strategies], defaults.strategies),
         *own,
-        ("source", Annotated[str, source], defaults.source),
+        ("source", Annotated[str | None, source], defaults.source),
     ]
     typed = [(name, kind, field(default=default)) for name, kind, default in rows]
     return make_dataclass("StrategyFlags", typed, frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from iterbatch.checks import make_config
 from iterbatch.config import BenchConfig
 from iterbatch.errors import ConfigError
-from iterbatch.strategy import REFERENCE, STRATEGIES, needs_source
+from iterbatch.strategy import REFERENCE, STRATEGIES, needs_source, source_of
 from iterbatch.strategy.base import OTHER_PASSES
 
 
@@ -23,7 +23,8 @@ class Arm:
     @property
     def source(self) -> str | None:
         """The arm whose records it needs."""
-        return self.config.strategy.source if needs_source(self.strategy) else None
+        given = self.config.strategy.source
+        return source_of(self.strategy, given) if needs_source(self.strategy) else None
 
     def source_seed(self, seed: int) -> int:
         """The seed of the source that this arm's own seed takes: the same, or its neighbour's.

@@ -78,7 +78,8 @@ def _worth_words(cell: CellScores) -> list[str]:
     shares = ", ".join(f"{share:g}" for share in cell.exchange[0])
     return [
         "Compute worth: what the baseline would have needed to end where the arm did, over what the arm "
-        f"spent, read off baselines that decayed at {shares} of the budget: {'; '.join(said)}. Above 1 the arm pays."
+        f"spent, read off baselines that decayed at {shares} of the budget: {'; '.join(said)}. "
+        "Above 1 the arm pays."
     ]
 
 

@@ -153,7 +153,7 @@ class ArmScores:
 
     @cached_property
     def alike(self) -> str:
-        """Where a strategy that means to adapt treated all batches alike: what it saw, and what would help."""
+        """Where a strategy that means to adapt treated all batches alike: what it saw, what would help."""
         kind = STRATEGIES.get(self.kind)
         batches = [each.batches for each in self.finished]
         planned = {int(passes) for each in batches for passes in np.unique(each.planned)}

@@ -41,6 +41,7 @@ __all__ = [
     "make_strategy",
     "needs_source",
     "own_knobs",
+    "source_of",
 ]
 
 STRATEGIES: dict[str, type[BaseTrainingStrategy]] = {
@@ -126,6 +127,11 @@ def _names(strategies: list[str]) -> str:
 def needs_source(name: str) -> bool:
     """Whether a strategy is made from another arm."""
     return bool(STRATEGIES[name].made_from)
+
+
+def source_of(name: str, given: str | None) -> str:
+    """The arm that a control is made from: the one given, or whose claim it examines."""
+    return given or STRATEGIES[name].arm
 
 
 def make_strategy(name: str, knobs: Mapping[str, Any], seed: int, source: Any = ()) -> BaseTrainingStrategy:

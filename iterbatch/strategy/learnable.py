@@ -14,7 +14,7 @@ import numpy as np
 from iterbatch.config import Knob
 from iterbatch.records.scheduler import read_schedulers
 from iterbatch.strategy.base import MAX_REPEATS, PROBE_TEXT, SCHEDULER, BaseTrainingStrategy, Step
-from iterbatch.strategy.scheduler import VERSION, GainLearner
+from iterbatch.strategy.scheduler import SPENT, VERSION, GainLearner
 
 if TYPE_CHECKING:
     from iterbatch.data.batch import Batch
@@ -47,6 +47,10 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
     probe_rate: Annotated[
         float, Knob("share of batches whose passes are measured on the probe text", at_least=0, at_most=1)
     ] = 0.1
+    probe_budget: Annotated[
+        float,
+        Knob("most of the compute that probes and what they try may cost, as a share", above=0, at_most=1),
+    ] = SPENT
     scheduler_from: Annotated[
         Path | None, Knob("begin with what the schedulers of this run have learned, over all its seeds")
     ] = None
@@ -56,7 +60,7 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.learner = GainLearner(min(self.max_repeats, MAX_REPEATS), self.seed)
+        self.learner = GainLearner(min(self.max_repeats, MAX_REPEATS), self.seed, self.probe_budget)
         self.frozen = self.scheduler_frozen
         self._random = np.random.default_rng([self.seed, 1])
         self._probes = 0
@@ -124,7 +128,7 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
             for row in self._learned
         ]
         probes = self.learner.rows().tolist()
-        return {"version": VERSION, "probes": probes, "course": course} if probes else {}
+        return {"version": VERSION, "probes": probes, "course": course}
 
     def state_dict(self) -> dict[str, Any]:
         """The learner, the random state, and the course of what it learned."""
@@ -158,5 +162,5 @@ class FrozenStrategy(LearnableSchedulingStrategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.frozen = True
-        if self.source:
+        if self.source and self.source.get("probes"):  # one that learned nothing trains every batch once
             self.start_from([self.source])

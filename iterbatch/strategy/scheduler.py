@@ -26,7 +26,7 @@ SCALE = 64  # gains that their scale is taken of
 ENOUGH = 6  # probes of a pass before it is judged
 CAUTION = 0.6  # standard errors by which a pass must beat its price before it is made
 CURIOSITY = 1.0  # standard errors by which the second may miss its price and still be open to question
-SPENT = 0.03  # of all compute, at most, for probes and what they try; a quarter of it once things are clear
+SPENT = 0.03  # of all compute, at most, for probes and what they try
 COMMON = (
     0.8  # correlation of the noise in the gains of one probe: they share its text (measured, docs/log.md)
 )
@@ -193,16 +193,16 @@ class GainLearner:
 
     A pass is made where its expected gain, less ``CAUTION`` standard errors, is above its price, and enough
     probes have seen it. A probe measures two passes, and one more only where the last one is not clearly
-    below its price. All probes together, with the passes they try, cost ``SPENT`` of the compute at most: a
+    below its price. All probes together, with the passes they try, cost ``budget`` of the compute at most: a
     run that is too short to learn from is left alone.
     """
 
-    def __init__(self, max_repeats: int = MAX_REPEATS, seed: int = 0) -> None:
+    def __init__(self, max_repeats: int = MAX_REPEATS, seed: int = 0, budget: float = SPENT) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = SchedulerLLaMA()
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-2)
-        self.max_repeats = max_repeats
+        self.max_repeats, self.budget = max_repeats, budget
         self.recent: deque[float] = deque(maxlen=RECENT)  # initial losses
         self.probes: deque[Probe] = deque(maxlen=KEPT)
         self.squares: deque[float] = deque(maxlen=SCALE)  # of the last gains, nats
@@ -241,7 +241,7 @@ class GainLearner:
 
     def can_pay(self) -> bool:
         """Whether another probe keeps the price of learning within its share of all compute."""
-        share = SPENT if self._open else SPENT / 4
+        share = self.budget if self._open else self.budget / 4  # less once things are clear
         return self.paid + self.last_price <= share * self.batches
 
     def pay(self, scoring: float, wanted: int, made: int, price_ratio: float) -> None:

@@ -15,7 +15,7 @@ from iterbatch.errors import ConfigError, UserError, did_you_mean, first_line
 from iterbatch.flags import CompareFlags, flag_words, parse
 from iterbatch.plain_yaml import editor, key_lines, parse_yaml
 from iterbatch.records.write import write_text
-from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, own_knobs
+from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, own_knobs, source_of
 from iterbatch.study.pairs import Cell, Study
 
 ARM_TRAINING = ("lr", "warmup", "weight_decay", "clip_norm", "budget_share")
@@ -275,7 +275,7 @@ def _check_arms(source: _Source, cell: str) -> None:
                 message = f"arm '{name}' sets {key}, which {strategy} has not; its own knobs: {has}"
                 source.complain((*place, key), message)
         elif needs_source(strategy):
-            _check_source(source, place, str(own.get("source", "abr")), before)
+            _check_source(source, place, source_of(strategy, own.get("source")), before)
         before.append(name)
     if before and REFERENCE not in before:
         source.complain(
@@ -288,7 +288,7 @@ def _check_source(source: _Source, place: tuple[str, ...], wanted: str, before: 
         choice = f" to one of {', '.join(before)}" if before else ""
         source.complain(
             place,
-            f"arm '{place[-1]}' is made from the passes of arm '{wanted}', which is not above it; "
+            f"arm '{place[-1]}' is made from arm '{wanted}', which is not above it; "
             f"add it there, or set source{choice}",
         )
 

@@ -65,8 +65,8 @@ def test_compiled_layers_give_the_same_gradients_and_compile_for_one_shape(tiny)
         return result
 
     plain = gradients()
-    with compiled(cut, accelerator, (4, 32)) as seconds:
-        assert seconds > 0
+    with compiled(cut, accelerator, (4, 32)) as made:
+        assert made.seconds > 0
         assert model.config._attn_implementation == NAME
         assert all(p.grad is None for p in cut.parameters())
         graphs = counters["stats"]["unique_graphs"]
@@ -78,6 +78,16 @@ def test_compiled_layers_give_the_same_gradients_and_compile_for_one_shape(tiny)
         with torch.no_grad():
             cut.eval()(cut.prefix(micro), micro)
         assert counters["stats"]["unique_graphs"] == graphs  # nothing more was compiled
+        cut.train()
+        made.warm((3, 20))
+        assert counters["stats"]["unique_graphs"] > graphs  # what was asked for is
+        known, cold = counters["stats"]["unique_graphs"], made.seconds
+        made.warm((3, 20))
+        cut(cut.prefix(short), short).sum().backward()
+        assert (counters["stats"]["unique_graphs"], made.seconds) == (known, cold)
+        cut.zero_grad()
+        for ours, theirs in zip(gradients(), plain, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -24,6 +24,7 @@ from iterbatch.reuse.prefetch import Prefetch
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.reuse.run_stores import weights_digest
 from iterbatch.reuse.store import ActivationStore, Layout
+from iterbatch.training.step import Extras
 
 LENGTH, LR = 24, 0.01
 
@@ -77,8 +78,8 @@ def _model(name, **flags):
     return model.train()
 
 
-def _step(model, source=None, reuse=True, batches=1000):
-    return make_step(model, epochs(batches), lr=LR, reuse=reuse, source=source)
+def _step(model, source=None, reuse=True, batches=1000, extras=None):
+    return make_step(model, epochs(batches), lr=LR, reuse=reuse, source=source, extras=extras)
 
 
 def _store(model, folder, blocks, dtype="float32", limit=float("inf")):
@@ -208,20 +209,29 @@ def test_repeats_start_from_the_kept_activations(three, reuse, rows):
     assert (ledger.seconds_saved > 0) is reuse
 
 
-def test_a_probe_leaves_its_activations_to_the_fresh_pass(three):
+def test_probe_text_is_computed_once_and_its_scores_cost_the_adapted_part(three):
     model = _model(three, lora_layers="top:1")
     source = PrefixSource(CutModel(model), torch.device("cpu"))
-    step, computed, stream = _step(model, source), _counted(source), BatchStream(_blocks(), 2, 1, seed=0)
-    step(next(stream))
-    batch, before = next(stream), step.ledger.flops_fresh
-    loss = step.score(batch, step.snapshot())
-    assert step(batch) == pytest.approx(loss, rel=1e-6)
-    flops = step.prices
+    stream = BatchStream(_blocks(20), 4, 1, seed=0, aside=np.arange(0, 20, 5))
+    step, computed = _step(model, source, extras=Extras(stream.pieces())), _counted(source)
+    assert [piece.rows for piece in stream.pieces()] == [2, 2]
+    losses = [step.probe(number) for number in (0, 1, 2, 3)]
+    assert losses[:2] == losses[2:]  # numbers go round the pieces
     assert computed == [2, 2]
-    assert step.ledger.flops_probe == pytest.approx(
-        flops.forward(batch.shapes) - flops.prefix.of(batch.shapes)
-    )
-    assert step.ledger.flops_fresh - before == pytest.approx(flops.fresh(batch.shapes))
+    flops, shapes = step.prices, stream.pieces()[0].shapes
+    adapted = flops.forward(shapes) - flops.prefix.of(shapes)
+    assert step.ledger.flops_probe == pytest.approx(2 * flops.forward(shapes) + 2 * adapted)
+    assert step.ledger.flops == step.ledger.flops_probe
+    batch = next(stream)
+    step(batch)
+    assert step.probe_price == pytest.approx(adapted / flops.fresh(batch.shapes))
+    assert step.probe(0) != losses[0]  # the adapter as it is now
+    # What a checkpoint has of it is fetched again, and not paid for again.
+    twin = _step(model, source, extras=Extras(stream.pieces()))
+    twin.load_state_dict(step.state_dict())
+    paid = twin.ledger.flops_probe
+    twin.probe(1)
+    assert twin.ledger.flops_probe - paid == pytest.approx(adapted)
 
 
 def test_a_limited_store_serves_some_rows_of_a_batch_and_the_others_are_computed(three, tmp_path):

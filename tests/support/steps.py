@@ -14,14 +14,25 @@ from iterbatch.training.step import StepSettings, TrainingStep
 LR = 0.01
 
 
-def make_step(model, allowance, *, lr=LR, clip=1.0, reuse=True, source=None, batch_at=None, accelerator=None):
+def make_step(
+    model,
+    allowance,
+    *,
+    lr=LR,
+    clip=1.0,
+    reuse=True,
+    source=None,
+    batch_at=None,
+    accelerator=None,
+    extras=None,
+):
     """A step with a fresh optimizer over the adapters of a model as they are."""
     accelerator = accelerator or make_accelerator("no")
     placed, optimizer = accelerator.prepare(CutModel(model), make_optimizer(model, lr, 0.0))
     passes = Passes(placed, optimizer, accelerator, clip)
     account = Account(flop_model(model), Ledger(), allowance)
     source = source or PrefixSource(accelerator.unwrap_model(placed), accelerator.device)
-    return TrainingStep(passes, account, StepSettings(lr, reuse=reuse), source, batch_at)
+    return TrainingStep(passes, account, StepSettings(lr, reuse=reuse), source, batch_at, extras)
 
 
 def epochs(batches):

@@ -130,14 +130,14 @@ def test_allowance(unit, amount, spent, fraction, affords):
     assert allowance.affords(ledger, repeat_flops=10.0, label_tokens=7) is affords
 
 
-def test_allowance_ends_at_the_nearest_pass_and_the_schedule_never_passes_one():
+def test_allowance_ends_at_the_nearest_pass_and_the_schedule_before_one():
     allowance = Allowance("flops", 100.0, 10)
     assert not allowance.exhausted(Ledger(flops_fresh=94.0))
     assert allowance.exhausted(Ledger(flops_fresh=96.0))
     assert (
         0 < allowance.schedule_fraction(Ledger()) < allowance.schedule_fraction(Ledger(flops_fresh=50.0)) < 1
     )
-    assert allowance.schedule_fraction(Ledger(flops_fresh=120.0)) == 1
+    assert allowance.schedule_fraction(Ledger(flops_fresh=120.0)) == 0.95  # the middle of the last pass
 
 
 @pytest.mark.parametrize(("unit", "amount"), [("hours", 1.0), ("flops", 0.0), ("flops", float("nan"))])

@@ -11,10 +11,12 @@ from iterbatch.data.data_loader import BatchStream
 from iterbatch.model.load import load_base, load_model
 from iterbatch.model.lora import adapter_parameters, copy_adapter, reset_adapter
 from iterbatch.runtime.processes import make_accelerator
+from iterbatch.strategy.controls import FixedStrategy
 from iterbatch.strategy.original import ABRStrategy, BaselineStrategy
+from iterbatch.training.budget import Allowance
 from iterbatch.training.health import Health
 from iterbatch.training.loop import fit
-from iterbatch.training.passes import schedule
+from iterbatch.training.passes import schedule, warmup_share
 
 
 @pytest.fixture
@@ -25,7 +27,12 @@ def parts(tiny):
     reset_adapter(model, seed=1)
     model.train()
     accelerator = make_accelerator("no")
-    return model, lambda batches: make_step(model, epochs(batches), accelerator=accelerator)
+
+    def make(budget):
+        allowance = budget if isinstance(budget, Allowance) else epochs(budget)
+        return make_step(model, allowance, accelerator=accelerator)
+
+    return model, make
 
 
 def test_baseline_equals_a_hand_written_loop_weight_for_weight(parts, tiny):
@@ -46,12 +53,12 @@ def test_baseline_equals_a_hand_written_loop_weight_for_weight(parts, tiny):
     for index, batch in zip(
         range(batches), BatchStream(tokens, batch_size=2, grad_accum=2, seed=5), strict=False
     ):
-        fraction = (index + 0.5) / batches
+        fraction, rise = (index + 0.5) / batches, 0.5  # ten updates are more than half of this budget
         for group in optimizer.param_groups:
             group["lr"] = LR * (
-                fraction / 0.03
-                if fraction < 0.03
-                else 0.5 * (1 + math.cos(math.pi * (fraction - 0.03) / 0.97))
+                fraction / rise
+                if fraction < rise
+                else 0.5 * (1 + math.cos(math.pi * (fraction - rise) / (1 - rise)))
             )
         tokens = sum(micro.input_ids[:, 1:].numel() for micro in batch.micro_batches)
         total = 0.0
@@ -118,20 +125,7 @@ def test_a_repeat_starts_where_the_fresh_pass_ended(parts):
     batch = next(BatchStream(blocks(4), 2, 1, seed=0))
     first, second = step(batch), step.again()
     assert second < first
-    assert step.score(batch, step.snapshot()) < second
-
-
-def test_score_reads_a_saved_adapter_and_leaves_the_current_one(parts):
-    model, make_step = parts
-    step = make_step(4)
-    batch = next(BatchStream(blocks(4), 2, 1, seed=0))
-    before = step.snapshot()
-    first = step(batch)
-    current = copy_adapter(model)
-    assert step.score(batch, before) == pytest.approx(first, rel=1e-6)
-    assert all(torch.equal(current[name], value) for name, value in copy_adapter(model).items())
-    assert step.ledger.flops_probe == pytest.approx(step.prices.forward(batch.shapes))
-    assert step.ledger.updates == 1
+    assert step.again() < second
 
 
 def test_an_update_that_is_not_finite_is_skipped_counted_and_ends_the_arm_after_ten(parts):
@@ -162,6 +156,27 @@ def test_an_update_that_is_not_finite_is_skipped_counted_and_ends_the_arm_after_
 def test_schedule(fraction, share):
     assert schedule(fraction, warmup=0.03) == pytest.approx(share, abs=1e-12)
     assert schedule(fraction, warmup=0.0) <= 1
+
+
+@pytest.mark.parametrize(
+    ("warmup", "passes", "share"),
+    [(0.03, 1000, 0.03), (0.03, 100, 0.1), (0.2, 40, 0.25), (0.3, 40, 0.3), (0.03, 8, 0.5)],
+)
+def test_warmup_is_ten_updates_at_least_and_half_the_budget_at_most(warmup, passes, share):
+    assert warmup_share(warmup, passes) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("unit", ["epochs", "updates", "flops"])
+def test_no_pass_is_made_at_a_learning_rate_of_zero(parts, unit):
+    _, make_step = parts
+    stream, rates = BatchStream(blocks(12), 2, 1, seed=0), []
+    amount = {"epochs": 6, "updates": 14.0, "flops": 6 * make_step(1).prices.fresh([(2, 16)])}[unit]
+    step = make_step(Allowance(unit, amount, 6))
+    real = step.passes.take_rate
+    step.passes.take_rate = lambda rate: (rates.append(rate), real(rate))[1]
+    list(fit(FixedStrategy(max_repeats=3), stream, step))
+    assert min(rates) > 0
+    assert rates[-1] < 0.1 * LR
 
 
 @pytest.mark.parametrize("layers", ["all", "top:1"])

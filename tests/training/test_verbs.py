@@ -1,5 +1,8 @@
 """What controls ask of ``step``: each verb does what it says, and charges what it costs."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from support.steps import LR, blocks
@@ -9,11 +12,14 @@ from iterbatch.checks import make_config
 from iterbatch.data.batch import Batch
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.model.load import load_base, load_model
-from iterbatch.model.lora import copy_adapter, reset_adapter
+from iterbatch.model.lora import adapter_parameters, copy_adapter, reset_adapter
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy import STRATEGIES, make_strategy
+from iterbatch.strategy.scheduler import VERSION, Probe
 from iterbatch.training.budget import Allowance
 from iterbatch.training.loop import fit
+from iterbatch.training.noise import noise_and_signal
+from iterbatch.training.step import Extras
 
 
 @pytest.fixture(params=["all", "top:1"])
@@ -27,10 +33,11 @@ def make_step(tiny, request):
     model.train()
     accelerator = make_accelerator("no")
 
-    def make(lr=LR, batches=40, unit="epochs", amount=None, clip=1.0, batch_at=None):
+    def make(lr=LR, batches=40, unit="epochs", amount=None, clip=1.0, batch_at=None, extras=None):
         reset_adapter(model, seed=1)
         allowance = Allowance(unit, amount or batches, batches)
-        return step_over(model, allowance, lr=lr, clip=clip, batch_at=batch_at, accelerator=accelerator)
+        more = {"batch_at": batch_at, "accelerator": accelerator, "extras": extras}
+        return step_over(model, allowance, lr=lr, clip=clip, **more)
 
     return make
 
@@ -122,23 +129,64 @@ def test_a_batch_let_go_counts_and_costs_its_forward(make_step):
     assert record.flops == step.ledger.flops == pytest.approx(step.prices.forward(batch.shapes))
 
 
-def test_base_loss_is_the_untrained_models_and_is_paid_once_a_block(make_step):
-    step, batches = make_step(), _batches(2)
-    before = make_step().forward(batches[0])  # B is 0: the base's own loss
-    step = make_step(lr=0.1)
-    for _ in range(3):
-        step(batches[1])
-    step(batches[0])
-    trained = copy_adapter(step.passes.model)
-    assert step.base_loss() == pytest.approx(before, rel=1e-5)
-    assert _same(trained, copy_adapter(step.passes.model))
-    paid = step.ledger.flops_probe
-    assert paid == pytest.approx(
-        step.prices.forward(batches[0].shapes) - step.prices.prefix.of(batches[0].shapes)
-    )
-    step(batches[0])
-    assert step.base_loss() == pytest.approx(before, rel=1e-5)
-    assert step.ledger.flops_probe == paid
+def test_base_loss_is_looked_up_for_nothing(make_step):
+    batch = _batches(2)[1]
+    nats = np.arange(4.0)
+    step = make_step(extras=Extras(base_losses=nats))
+    step(batch)
+    paid = step.ledger.flops
+    (micro,) = batch.micro_batches
+    assert step.base_loss() == pytest.approx(nats[list(micro.blocks)].sum() / batch.label_tokens)
+    assert step.ledger.flops == paid
+
+
+def test_the_noise_scale_is_that_of_the_rows_own_gradients(make_step):
+    """Micro-batches of one row: the estimate is what all rows' gradients say."""
+    step = make_step(extras=Extras(noise=True), clip=1e9)
+    assert math.isnan(step.noise_scale())
+    rows = blocks(6)
+    batch = next(BatchStream(rows, 1, 6, seed=0))
+    gradients = []
+    for micro in batch.micro_batches:  # before any update
+        cut = step.passes.model
+        nats = cut(cut.prefix(micro), micro).sum() / micro.label_tokens
+        nats.backward()
+        found = [
+            p.grad.flatten() for p in adapter_parameters(step.passes.model).values() if p.grad is not None
+        ]
+        gradients.append(torch.cat(found))
+        step.passes.optimizer.zero_grad()
+    step(batch)
+    whole = torch.stack(gradients).mean(dim=0).square().sum()
+    small = torch.stack(gradients[:-1]).square().sum(dim=1).mean()
+    noise, signal = noise_and_signal(float(small), float(whole), 1, 6)
+    assert step.noise_scale() == pytest.approx(noise / signal if signal > 0 else math.inf, rel=1e-3)
+
+
+def test_noise_and_signal_are_unbiased():
+    random = np.random.default_rng(0)
+    truth, spread, found = random.normal(size=20), 3.0, []
+    for _ in range(4000):
+        rows = truth + spread * random.normal(size=(8, 20))
+        small = np.mean([(rows[i : i + 2].mean(axis=0) ** 2).sum() for i in range(0, 8, 2)])
+        found.append(noise_and_signal(small, (rows.mean(axis=0) ** 2).sum(), 2, 8))
+    noise, signal = np.mean(found, axis=0)
+    assert noise == pytest.approx(20 * spread**2, rel=0.05)
+    assert signal == pytest.approx((truth**2).sum(), rel=0.05)
+
+
+def test_a_part_is_priced_as_fresh_text(make_step):
+    batch = _batches(1, rows=4)[0]
+    half = make_step().prices.fresh(batch.part(0, 2).shapes)
+    step = make_step(unit="flops", amount=1.9 * half)
+    assert step.affords_part(batch, 0, 2)
+    step.part(batch, 0, 2)
+    assert not step.affords_part(
+        batch, 1, 2
+    )  # a repeat of the first half would be cheaper, and is not asked for
+    step = make_step(unit="flops", amount=2.1 * half)
+    step.part(batch, 0, 2)
+    assert step.affords_part(batch, 1, 2)
 
 
 def test_a_held_batch_is_trained_later_at_the_price_of_a_repeat(make_step):
@@ -165,6 +213,7 @@ def test_a_held_batch_is_trained_later_at_the_price_of_a_repeat(make_step):
     assert revisited == pytest.approx(twin_loss, rel=1e-6)
 
 
+KEPT = {"version": VERSION, "probes": [Probe((0.0, 0.0), (0.02, 0.018), 0.02).row() for _ in range(20)]}
 UNITS = [
     ("flops", None, "all"),
     ("flops", None, "top:1"),
@@ -175,14 +224,23 @@ UNITS = [
 
 
 @pytest.mark.parametrize(("unit", "amount", "make_step"), UNITS, indirect=["make_step"])
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_no_arm_overspends_by_more_than_a_pass_and_all_end_decayed(make_step, name, unit, amount):
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        *((name, "at_once") for name in sorted(STRATEGIES)),
+        *((name, "spaced") for name in sorted(STRATEGIES) if STRATEGIES[name].gives_k and name != "spaced"),
+    ],
+)
+def test_no_arm_overspends_by_more_than_a_pass_and_all_end_decayed(make_step, name, placement, unit, amount):
     batch = _batches(1)[0]
     if unit == "flops":
         amount = 9.3 * make_step().prices.fresh(batch.shapes)
-    stream = BatchStream(blocks(24), 2, 1, seed=0)
-    step = make_step(batches=6, unit=unit, amount=amount, batch_at=stream.batch)
-    strategy = make_strategy(name, {"loss_threshold": 3.0, "max_repeats": 3}, seed=0, source=[3, 1, 2, 2])
+    stream = BatchStream(blocks(24), 1, 2, seed=0, aside=np.array([4, 15]))
+    extras = Extras(stream.pieces(), np.full(24, 3.0), noise=True)
+    step = make_step(batches=6, unit=unit, amount=amount, batch_at=stream.batch, extras=extras)
+    knobs = {"loss_threshold": 3.0, "max_repeats": 3, "placement": placement}
+    source = KEPT if STRATEGIES[name].made_from == "scheduler" else [3, 1, 2, 2]
+    strategy = make_strategy(name, knobs, seed=0, source=source)
     records = list(fit(strategy, stream, step))
     ledger = step.ledger
     spent = {
