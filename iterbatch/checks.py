@@ -10,7 +10,7 @@ from iterbatch.config import BenchConfig, Every, StrategyConfig, range_problems
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.records.scheduler import read_schedulers
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, source_of
-from iterbatch.strategy.base import AT_ONCE, PROBE_TEXT
+from iterbatch.strategy.base import AT_ONCE, OTHER_PASSES, PROBE_TEXT
 from iterbatch.strategy.scheduler import probes_of
 
 GROUPS: dict[str, Any] = {each.name: each.default_factory for each in dataclasses.fields(BenchConfig)}
@@ -132,6 +132,12 @@ def _source_problems(config: BenchConfig) -> list[str]:
     problems: list[str] = []
     before: set[str] = set()
     for name in config.strategy.strategies:
+        if (
+            name in STRATEGIES
+            and STRATEGIES[name].made_from == OTHER_PASSES
+            and len(config.training.seeds) < 2
+        ):
+            problems.append(f"'{name}' takes the passes of another seed, and there is one; give --seeds more")
         if name in STRATEGIES and needs_source(name):
             source = source_of(name, config.strategy.source)
             if source not in before:

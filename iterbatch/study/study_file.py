@@ -320,7 +320,9 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
     for arm, given in {**_own_arms(source, name), **_worth_arms(source, name)}.items():
         try:
             own = _typed(given, file_words, words)
-            arms.append(make_arm(arm, own, config))
+            made = make_arm(arm, own, config)
+            made.source_seed(config.training.seeds[0])  # says whether there is another seed to take
+            arms.append(made)
         except SystemExit as ended:
             raise ConfigError(
                 f"{where}, arm {arm}: a setting has a value of another kind (see above)"

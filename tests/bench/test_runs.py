@@ -62,6 +62,7 @@ def test_every_strategy_on_real_text_leaves_everything(real_text, tmp_path, sour
         max_train_tokens=1024,
         max_eval_tokens=300,
         probe_rate=1.0,
+        probe_budget=1.0,
         seeds=[0, 1],
         save_dir=tmp_path,
         run_name="run",
@@ -122,9 +123,8 @@ def test_every_strategy_on_real_text_leaves_everything(real_text, tmp_path, sour
     by_name = {row["strategy"]: row for row in rows if row["seed"] == 0}
     assert by_name["baseline"]["mean_repeats"] == 1
     assert by_name["learnable"]["flops_probe"] > 0
-    assert by_name["abr"]["flops"] / by_name["baseline"]["flops"] == pytest.approx(
-        by_name["abr"]["mean_repeats"]
-    )
+    ratio = by_name["abr"]["flops"] / by_name["baseline"]["flops"]
+    assert ratio == pytest.approx(by_name["abr"]["mean_repeats"], rel=0.05)  # a short batch costs less
 
     page = (run_dir / "summary.md").read_text(encoding="utf-8")
     places = [page.index(f"| {strategy} |") for strategy in StrategyConfig().strategies]
@@ -147,7 +147,7 @@ def test_original_commands_run_through_with_local_folders(real_text, tiny_folder
             "--data_dir",
             str(real_text / "wikitext-2"),
             "--max_train_tokens",
-            "1024",
+            "2048",
             "--max_eval_tokens",
             "200",
             "--log_with",
@@ -157,8 +157,8 @@ def test_original_commands_run_through_with_local_folders(real_text, tiny_folder
         rows = json.loads((tmp_path / str(number) / "summary.json").read_text(encoding="utf-8"))
         assert [row["strategy"] for row in rows] == command.split("--strategies ")[1].split(" --")[0].split()
         assert all(
-            row["batches"] == 6 for row in rows
-        )  # 8 blocks of the model's context, 4 a batch, 3 epochs
+            row["batches"] == 12 for row in rows
+        )  # 16 blocks of the model's context, one of them probe text or none, 4 a batch, 3 epochs
 
 
 def test_arms_of_a_seed_are_paired_and_a_seed_repeats_itself(tiny, tmp_path):

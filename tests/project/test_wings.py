@@ -8,7 +8,7 @@ from conftest import ROOT
 BASE = {"errors", "plain_yaml", "config"}
 RECORDS = BASE | {"records"}
 DATA = RECORDS | {"data"}
-STRATEGY = BASE | {"strategy"}
+STRATEGY = RECORDS | {"strategy"}
 REUSE = DATA | {"model", "runtime"}
 DOORS = RECORDS | STRATEGY | {"checks", "flags", "runtime", "quiet"}
 MAY_IMPORT = {
@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "runtime": RECORDS,
     "data": RECORDS,
     "model": DATA,
-    "strategy": BASE,
+    "strategy": RECORDS,
     "checks": STRATEGY,
     "flags": DOORS - {"flags", "quiet"},
     "reuse": REUSE,

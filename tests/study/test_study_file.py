@@ -104,7 +104,7 @@ def test_a_study_survives_its_folder(write, tmp_path):
         (
             "source: abr",
             "source: twicee",
-            ["line 11", "made from the passes of arm 'twicee'", "set source to one of baseline, abr, twice"],
+            ["line 11", "made from arm 'twicee'", "set source to one of baseline, abr, twice"],
         ),
         ("  permuted", "  abr", ["line 11", "'abr' is there twice"]),
         ("  baseline:\n", "", ["no arm is called 'baseline'"]),
@@ -124,6 +124,16 @@ def test_a_study_survives_its_folder(write, tmp_path):
             ["line 12", "unknown arm 'arb' to tune", "did you mean 'abr'"],
         ),
         ("batch_size: 2", "batch_size: -2", ["line 14", "--batch_size is -2"]),
+        ("loss_threshold: 1.5", "loss_threshold: q1.5", ["line 9", "--loss_threshold is 'q1.5'"]),
+        ("loss_threshold: 1.5", "gap: 0", ["line 9", "--gap is 0; it must be at least 1"]),
+        ("loss_threshold: 1.5", "probe_rate: 0.1", ["line 9", "sets probe_rate, which abr has not"]),
+        (
+            "  baseline:\n",
+            "  baseline: {placement: spaced}\n",
+            ["line 8", "sets placement, which baseline has not; its own knobs: none"],
+        ),
+        ("trials: 2", "seeds: 0, trials: 2", ["line 12", "seeds is 0"]),
+        ("about: A study.", "about: A study.\nworth: [0.5, 1]", ["line 2", "worth holds 1"]),
         ("max_repeats: 2", "max_repeats: -2", ["line 10", "--max_repeats is -2"]),
         ("${PLACE}", "${PLCAE}", ["the environment has no PLCAE"]),
         ("arms:\n  baseline", "arms: 3\nold:\n  baseline", ["holds a int"]),
@@ -136,7 +146,7 @@ def test_a_study_survives_its_folder(write, tmp_path):
         (
             "{abr: {lr: 2e-3}}",
             "{permuted: {source: permuted}}",
-            ["line 15", "made from the passes of arm 'permuted', which is not above it"],
+            ["line 15", "made from arm 'permuted', which is not above it"],
         ),
         (
             "  baseline:\n",
@@ -185,7 +195,7 @@ def test_a_study_that_is_not_there(tmp_path, capsys):
 def test_a_comparison_of_flags_needs_a_baseline_and_sources():
     with pytest.raises(ConfigError, match="lacks 'baseline'"):
         study_of_flags(["--strategies", "abr"])
-    with pytest.raises(ConfigError, match="'permuted' is made from the passes"):
+    with pytest.raises(ConfigError, match="'permuted' is made from 'abr'"):
         study_of_flags(["--strategies", "baseline", "permuted"])
     study = study_of_flags(["--strategies", "baseline", "abr", "permuted", "--seeds", "0"])
     assert [arm.name for arm in study.cells[0].arms] == ["baseline", "abr", "permuted"]
