@@ -219,6 +219,7 @@ def quick(tiny, tmp_path, monkeypatch):
         "prompts": 1,
         "loss_threshold": 3.0,
         "probe_rate": 1.0,
+        "probe_budget": 1.0,
         "epochs": 2,
         "save_dir": tmp_path,
         "checkpoint_every": "9999u",
@@ -243,23 +244,24 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(quick, monkeypatch, s
 
 
 @pytest.mark.parametrize(
-    ("strategies", "places"),
+    ("strategies", "places", "more"),
     [
-        (["spaced"], [5, 11, 20, 33]),
-        (["excess"], [5, 20]),
-        (["weighted"], [9]),
-        (["selective"], [9, 22]),
-        (["abr", "permuted", "small_batches"], [40, 70, 95]),
+        (["spaced"], [5, 11, 20, 33], {}),
+        (["excess"], [5, 20], {}),
+        (["weighted"], [9], {}),
+        (["selective"], [9, 22], {}),
+        (["abr", "permuted", "small_batches"], [40, 70, 95], {"block": 8}),
+        (["abr", "inverse", "profile"], [40, 90, 130], {"seeds": [0, 1]}),
+        (["abr"], [7, 12, 19], {"placement": "spaced", "loss_threshold": "auto", "gap": 2}),
+        (["learnable"], [7, 16, 25], {"placement": "spaced", "gap": 2, "probe_rate": 0.5}),
+        (["window"], [5, 14], {"placement": "spaced", "gap": 1, "reuse": "epoch"}),
+        (["gradient_noise"], [5, 14], {"batch_size": 1, "grad_accum": 2}),
+        (["learnable", "frozen"], [20, 40], {}),
     ],
 )
-def test_a_control_stopped_anywhere_ends_as_if_it_had_not_been(quick, monkeypatch, strategies, places):
-    _check_stopped_anywhere(
-        quick,
-        monkeypatch,
-        {"strategies": strategies, "lora_layers": "top:1", "batch_size": 2},
-        places,
-        least=1,
-    )
+def test_a_control_stopped_anywhere_ends_as_if_it_had_not_been(quick, monkeypatch, strategies, places, more):
+    flags = {"strategies": strategies, "lora_layers": "top:1", "batch_size": 2, **more}
+    _check_stopped_anywhere(quick, monkeypatch, flags, places, least=1)
 
 
 def _check_stopped_anywhere(quick, monkeypatch, flags, places, least=2):
