@@ -149,7 +149,7 @@ def part_trainer(data: Path, rounds: int) -> None:
             times["ours"].append(sum(seconds.values()))
             with empty_cache(), compiled(fast.cut, fast.accelerator, (BATCH, LENGTH)) as start:
                 seconds, ppls["ours, --compile"] = fast.train()
-            cold.append(start)
+            cold.append(start.seconds)
             times["ours, --compile"].append(sum(seconds.values()))
             batches = EPOCHS * make_stream(theirs.prepared, 0, 0, 1).batches_per_epoch
             best = {

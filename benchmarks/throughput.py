@@ -64,7 +64,7 @@ def ours_compiled(model, flops, blocks: np.ndarray, accelerator, batches: int) -
     Entered anew each turn, because it holds for the whole process, and after the first turn quick.
     """
     with compiled(model, accelerator, (BATCH, LENGTH)) as cold_start:
-        COLD_STARTS.append(cold_start)
+        COLD_STARTS.append(cold_start.seconds)
         return ours(model, flops, blocks, accelerator, BaselineStrategy(), batches)
 
 

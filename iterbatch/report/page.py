@@ -282,15 +282,7 @@ def _notes(cell: CellScores) -> list[str]:
             "interval is for its difference alone; "
             "p-values and verdicts are corrected for the number of arms, or of controls."
         )
-    notes += _scored(cell)
-    if (table := read_base_table(cell.run_dir)) is not None:
-        baseline = cell.arm(REFERENCE)
-        whole = _flops(baseline) if baseline is not None and baseline.finished else math.nan
-        share = f", {table.flops / whole:.0%} of a baseline" if math.isfinite(whole) else ""
-        notes.append(
-            f"The base's losses on all training blocks were computed once for all arms and seeds: "
-            f"{table.flops / 1e9:,.0f} GFLOPs{share}, in no arm's budget."
-        )
+    notes += [*_scored(cell), *_base_table(cell)]
     if cell.skipped_lines:
         notes.append(
             f"{cell.skipped_lines} lines of records could not be read (cut off, damaged, or of another "
@@ -320,6 +312,17 @@ def _scored(cell: CellScores) -> list[str]:
         tokens = each.documents[split][1]
         found.append(f"{len(tokens):,} documents ({tokens.sum():,.0f} tokens) of {split}")
     return [f"Scored: {' and '.join(found)}."]
+
+
+def _base_table(cell: CellScores) -> list[str]:
+    """What the base's losses cost, where an arm asked for them."""
+    table, baseline = read_base_table(cell.run_dir), cell.arm(REFERENCE)
+    if table is None:
+        return []
+    whole = _flops(baseline) if baseline is not None and baseline.finished else math.nan
+    share = f", {table.flops / whole:.0%} of a baseline" if math.isfinite(whole) else ""
+    cost = f"{table.flops / 1e9:,.0f} GFLOPs{share}, in no arm's budget"
+    return [f"The base's losses on all training blocks were computed once for all arms and seeds: {cost}."]
 
 
 def _map(sections: list[Section]) -> list[dict[str, Any]]:

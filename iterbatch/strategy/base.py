@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
@@ -152,9 +152,13 @@ class BaseTrainingStrategy(ABC):
     placement: Annotated[
         str,
         Knob("repeats follow the fresh pass (at_once), or come later (spaced)", choices=(AT_ONCE, SPACED)),
-    ] = AT_ONCE
-    gap: Annotated[int, Knob("spaced: batches between two passes of a batch", at_least=1)] = 8
-    buffer: Annotated[int, Knob("spaced: most batches that wait for a repeat", at_least=1)] = 64
+    ] = field(default=AT_ONCE, kw_only=True)
+    gap: Annotated[int, Knob("spaced: batches between two passes of a batch", at_least=1)] = field(
+        default=8, kw_only=True
+    )
+    buffer: Annotated[int, Knob("spaced: most batches that wait for a repeat", at_least=1)] = field(
+        default=64, kw_only=True
+    )
 
     def train_batch(self, batch: Batch, step: Step) -> BatchRecord:
         """Train one batch: the fresh pass, then the repeats it deserves and the budget affords.
