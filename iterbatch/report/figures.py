@@ -231,10 +231,13 @@ def _learned(axes: Axes, cell: CellScores) -> bool:
         axes.plot(batches, gains, color=colour, linewidth=1.6, label=f"pass {place + 1}")
         low, high = ([point[name][place] for point in course] for name in ("low", "high"))
         axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(xlabel="batch", ylabel="expected gain, nats a token of probe text", yscale="symlog")
-    largest = max(abs(gain) for point in course for gain in point["middling"]) or 1.0
-    axes.set_yscale("symlog", linthresh=largest / 100)
+    expected = [gain for point in course for gain in point["middling"]]
+    axes.set(xlabel="batch", ylabel="expected gain, nats a token of probe text")
+    if min(expected) > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=max(map(abs, expected)) / 100 or 1.0)
+        axes.axhline(0, color=INK, linewidth=0.8)
     _legend(axes)
     return True
 
