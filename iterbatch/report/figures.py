@@ -238,7 +238,7 @@ def _learned(axes: Axes, cell: CellScores) -> bool:
     else:
         axes.set_yscale("symlog", linthresh=max(map(abs, expected)) / 100 or 1.0)
         axes.axhline(0, color=INK, linewidth=0.8)
-    _legend(axes)
+    _legend(axes, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return True
 
 

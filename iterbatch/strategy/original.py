@@ -112,13 +112,15 @@ class ABRStrategy(ABRRule):
         """What it makes of a batch as hard as the base finds the text."""
         if self.threshold.quantile is not None or not math.isfinite(base_loss):
             return ""
-        passes, first = self.repeats(base_loss), 2 * float(self.loss_threshold)
-        if passes > 1:
+        threshold, passes = float(self.loss_threshold), self.repeats(base_loss)
+        at = f"the base's loss is {base_loss:.2f}, and at --loss_threshold {threshold:g} a batch"
+        if passes == 1:
+            said = f"{at} is repeated from {2 * threshold:.2f} on: hardly any will be"
+        elif passes == self.max_repeats:
+            said = f"{at} gets all {passes} passes from {passes * threshold:.2f} on: at first every one will"
+        else:
             return ""
-        return (
-            f"the base's loss is {base_loss:.2f}, and at --loss_threshold {self.loss_threshold:g} a batch is "
-            f"repeated from {first:.2f} on: hardly any will be. --loss_threshold auto follows the losses"
-        )
+        return f"{said}. --loss_threshold auto follows the losses"
 
     @classmethod
     def advice(cls, losses: Sequence[float]) -> str:

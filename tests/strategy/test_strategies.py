@@ -129,6 +129,7 @@ def test_the_threshold_that_repeats_a_share():
 def test_abr_says_before_training_that_it_will_hardly_repeat():
     assert "repeated from 4.00 on: hardly any will be" in make_strategy("abr", {}, 0).foresee(3.3)
     assert make_strategy("abr", {}, 0).foresee(4.1) == ""
+    assert "gets all 5 passes from 10.00 on" in make_strategy("abr", {}, 0).foresee(10.5)
     assert make_strategy("abr", {"loss_threshold": "auto"}, 0).foresee(3.3) == ""
 
 
