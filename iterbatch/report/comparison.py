@@ -33,6 +33,7 @@ from iterbatch.records.result import ArmResult, read_result
 from iterbatch.records.tuning import read_curves
 from iterbatch.report import stats
 from iterbatch.strategy import REFERENCE, STRATEGIES
+from iterbatch.strategy.base import EVERY
 
 # Of an evaluation, by its name there, and how it is called.
 AXES = {
@@ -383,7 +384,8 @@ class CellScores:
         known = sorted(
             (arm for arm in self.compared if arm.kind in STRATEGIES), key=lambda arm: kinds.index(arm.kind)
         )
-        return [asked for arm in known for asked in [_question(arm)] if asked is not None]
+        adaptive = [arm.name for arm in known if STRATEGIES[arm.kind].adapts]
+        return [asked for arm in known for asked in _questions(arm, adaptive)]
 
     # -- time to target, and what compute is worth -----------------------------------------------------------
 
@@ -457,18 +459,26 @@ def _flops(scores: SeedScores) -> float:
     return scores.result.flops if scores.result is not None else math.nan
 
 
-def _question(arm: ArmScores) -> tuple[str, str, str] | None:
+def _questions(arm: ArmScores, adaptive: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What an arm's strategy asks: question, who is examined, who must be beaten."""
     kind = STRATEGIES[arm.kind]
     if not kind.question:
-        return None
+        return []
     settings = next((each.result.arm for each in arm.seeds if each.result is not None), None)
     source = settings.source if settings is not None and kind.made_from else None
-    names = [
-        *([arm.name] if arm.name != arm.kind else []),
-        *([f"of {source}"] if source not in (None, "abr") else []),
-    ]
-    asked = f"{kind.question} ({', '.join(names)})" if names else kind.question
-    return (asked, arm.name, kind.rival) if kind.rival else (asked, source or kind.arm, arm.name)
+    if kind.rival:
+        pairs = [(arm.name, kind.rival)]
+    elif kind.arm == EVERY:
+        pairs = [(each, arm.name) for each in adaptive]
+    else:
+        pairs = [(source or kind.arm, arm.name)]
+    asked = []
+    for examined, rival in pairs:
+        names = [arm.name] if arm.name != arm.kind else []
+        names += [examined] if kind.arm == EVERY and len(pairs) > 1 else []
+        names += [f"of {source}"] if source not in (None, kind.arm) else []
+        asked.append((f"{kind.question} ({', '.join(names)})" if names else kind.question, examined, rival))
+    return asked
 
 
 def _adjusted(comparisons: Sequence[Comparison | None]) -> list[Comparison]:

@@ -21,6 +21,7 @@ MAX_REPEATS = 5  # the original experiment's range is 1 to 5 passes
 
 # What a run must give the step of some strategies, and what some strategies are made from.
 PROBE_TEXT, BASE_LOSSES, GRADIENT_NOISE = "probe text", "base losses", "gradient noise"
+EVERY = "every arm that adapts"  # whose claim some questions examine
 PASSES, OTHER_PASSES, SCHEDULER = "passes", "another seed's passes", "scheduler"
 
 
@@ -142,7 +143,7 @@ class BaseTrainingStrategy(ABC):
 
     summary: ClassVar[str] = ""  # how often a batch is trained, or what a control keeps and changes
     question: ClassVar[str] = ""  # what the report answers where this arm and its rival are both there
-    arm: ClassVar[str] = "abr"  # whose claim the question examines; this arm is what it must beat
+    arm: ClassVar[str] = "abr"  # whose claim the question examines, or EVERY; this arm is what it must beat
     rival: ClassVar[str] = ""  # what this arm must beat instead, where the claim is its own
     gives_k: ClassVar[bool] = True  # whether batches are repeated as :meth:`repeats` says
     adapts: ClassVar[bool] = False  # whether it means to repeat some batches more often than others

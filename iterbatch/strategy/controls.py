@@ -21,6 +21,7 @@ from iterbatch.config import Knob
 from iterbatch.errors import RunError
 from iterbatch.strategy.base import (
     BASE_LOSSES,
+    EVERY,
     GRADIENT_NOISE,
     MAX_REPEATS,
     OTHER_PASSES,
@@ -47,7 +48,8 @@ class FixedStrategy(BaseTrainingStrategy):
     """Every batch ``max_repeats`` times."""
 
     summary: ClassVar[str] = "every batch as often"
-    question: ClassVar[str] = "Does ABR beat the same number of passes for every batch?"
+    question: ClassVar[str] = "Does adapting beat the same number of passes for every batch?"
+    arm: ClassVar[str] = EVERY
 
     max_repeats: Annotated[int, Knob("all its passes", at_least=1)] = 2
 
