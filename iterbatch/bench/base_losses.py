@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,35 +17,50 @@ from iterbatch.records.base_table import BaseTable, read_base_table, write_base_
 from iterbatch.runtime.processes import from_main, is_main
 
 if TYPE_CHECKING:
-    from iterbatch.bench.shared import Shared
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+    from iterbatch.model.cut import CutModel
 
 
 class BaseLosses:
     """A table in the cell's folder, filled where it is not there yet.
 
     No arm pays for it: what it cost is said once, apart.
+
+    Args:
+        folder: Of the cell.
+        blocks: (blocks, length) of the training text.
+        model: With its adapter, which is put back.
+        cut: The same model, not distributed.
+        accelerator: Of the run.
+        batch_size: Blocks scored together.
     """
 
-    def __init__(self, shared: Shared, run_dir: Path) -> None:
-        self._shared, self._folder = shared, run_dir
-        self._nats: np.ndarray | None = None
+    def __init__(
+        self,
+        folder: Path,
+        blocks: np.ndarray,
+        model: PeftModel,
+        cut: CutModel,
+        accelerator: Accelerator,
+        batch_size: int,
+    ) -> None:
+        self._folder, self._blocks, self._batch_size = folder, blocks, batch_size
+        self._model, self._cut, self._accelerator = model, cut, accelerator
 
-    @property
+    @cached_property
     def nats(self) -> np.ndarray:
         """(blocks,) of each training block under the base without its adapter."""
-        if self._nats is None:
-            known = from_main(read_base_table(self._folder) if is_main() else None)
-            blocks = len(self._shared.prepared.blocks)
-            if known is None or len(known.nats) != blocks:
-                known = self._computed()
-                if is_main():
-                    write_base_table(self._folder, known)
-            self._nats = np.array(known.nats)
-        return self._nats
+        known = from_main(read_base_table(self._folder) if is_main() else None)
+        if known is None or len(known.nats) != len(self._blocks):
+            known = self._computed()
+            if is_main():
+                write_base_table(self._folder, known)
+        return np.array(known.nats)
 
     def _computed(self) -> BaseTable:
-        shared, start = self._shared, time.perf_counter()
-        model, rows = shared.model, shared.prepared.blocks
+        start, model, rows = time.perf_counter(), self._model, self._blocks
         current = copy_adapter(model)
         set_adapter(model, blank_adapter(model))
         tokens = [len(row) - 1 for row in rows]
@@ -53,7 +69,7 @@ class BaseLosses:
             for place, row in enumerate(rows)
         ]
         text = EvalText(windows, 0, 0, sum(tokens), tokens)
-        found = score(shared.cut, text, shared.accelerator, batch_size=shared.config.training.eval_batch_size)
+        found = score(self._cut, text, self._accelerator, batch_size=self._batch_size)
         set_adapter(model, current)
         flops = flop_model(model).forward([(len(rows), rows.shape[1])])
         return BaseTable(found.document_nats, flops, time.perf_counter() - start)

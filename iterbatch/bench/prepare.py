@@ -35,13 +35,8 @@ class Prepared:
     base: Base
     corpus: Corpus
     blocks: np.ndarray  # (blocks, length) token ids, memory-mapped
+    aside: np.ndarray  # which of them are probe text, never trained on
     texts: dict[str, EvalText]  # validation and test
-
-    @property
-    def aside(self) -> np.ndarray:
-        """Which blocks are probe text, never trained on."""
-        share = self.config.data.probe_text
-        return np.array([], dtype=np.int64) if share is None else set_aside(len(self.blocks), share)
 
     @property
     def trained_blocks(self) -> int:
@@ -91,8 +86,8 @@ def prepare(config: BenchConfig) -> Prepared:
         split: prepare_eval(corpus.splits[split], tokenizer, length, data.max_eval_tokens)
         for split in ("validation", "test")
     }
-    prepared = Prepared(config, base, corpus, blocks, texts)
-    _ = prepared.aside  # says whether the text has room for it
+    aside = set_aside(len(blocks), data.probe_text)  # says whether the text has room for it
+    prepared = Prepared(config, base, corpus, blocks, aside, texts)
     if prepared.keeps_activations:
         prepared.kept_texts.layouts(
             base.config.hidden_size, config.speed

@@ -90,9 +90,11 @@ class Shared:
         self.prepared, self.plan, self.config = prepared, plan, prepared.config
         self.model, self.placed, self.reuse = model, placed, reuse
         self.accelerator, self.interrupts, self._compiled = accelerator, interrupts, compiled_for
-        self.base_losses = BaseLosses(self, run_dir)
         # For scoring, where processes may do different numbers of forwards.
         self.cut: CutModel = accelerator.unwrap_model(placed)
+        self.base_losses = BaseLosses(
+            run_dir, prepared.blocks, model, self.cut, accelerator, self.config.training.eval_batch_size
+        )
         self.prompts, self.human = ([part[side] for part in _prompts(prepared)] for side in (0, 1))
         reset_adapter(model, seed=0)  # a new adapter adds nothing, so this is the base itself
         self.validation = self.score("validation", interrupts.check)

@@ -139,16 +139,18 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 # Blocks -> batches
 
 
-def set_aside(blocks: int, share: float) -> np.ndarray:
+def set_aside(blocks: int, share: float | None) -> np.ndarray:
     """Which blocks are probe text: a share of all, evenly spread, ``MOST_SET_ASIDE`` at most.
 
     Args:
         blocks: Of the training text.
-        share: Of them, above 0 and at most a tenth.
+        share: Of them, above 0 and at most a tenth; None where no text is to be set aside.
 
     Raises:
         DataError: where a single block would be more than a tenth.
     """
+    if share is None:
+        return np.array([], dtype=np.int64)
     if blocks < 10:
         raise DataError(
             f"the training text has {blocks} blocks, and the probe text of learnable takes at least one, "

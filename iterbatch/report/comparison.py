@@ -434,8 +434,9 @@ class CellScores:
     def worth(self, name: str) -> stats.Interval | None:
         """Compute that the baseline needs to end where an arm does, over what the arm spent: above 1 it pays.
 
-        Geometric mean over seeds, each against its own baseline, with a t interval. None where the baseline
-        was trained at one budget only, or no seed is in both.
+        Geometric mean over seeds, each against its own baseline, with a t interval, in which the rate of
+        exchange is taken as known. None where the baseline was trained at one budget only, or no seed is in
+        both.
         """
         pairs = self._pairs(name, REFERENCE, "test")
         if self.exchange is None or not pairs:

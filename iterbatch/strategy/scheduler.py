@@ -256,8 +256,11 @@ class GainLearner:
             made: Passes that were made.
             price_ratio: Of a repeat.
         """
-        known = self._belief is not None and self._seen(2) >= ENOUGH
-        first, decay = (self._belief.first, self._belief.decay) if known and self._belief else (1.0, 0.5)
+        first, decay = 1.0, 0.5  # before enough is known
+        if self._belief is not None and self._seen(2) >= ENOUGH:
+            first, decay = self._belief.first, self._belief.decay
+            edge, error = self._belief.edge(1, price_ratio)
+            self._open = edge + CURIOSITY * error > 0
         gains = gain_curve(max(first, 0.0), decay)
         best = max(gain_rate(gains, passes, price_ratio) for passes in range(1, self.max_repeats + 1))
         worth = [gain / best if best > 0 else 0.0 for gain in gains]  # in fresh passes
@@ -270,9 +273,6 @@ class GainLearner:
         One more than that only where the last one is known a little, and not below its price.
         """
         if made == 1 or made >= self.max_repeats:
-            if made == 1 and self._belief is not None and self._seen(2) >= ENOUGH:
-                edge, error = self._belief.edge(1, price_ratio)
-                self._open = edge + CURIOSITY * error > 0
             return made < self.max_repeats
         if self._belief is None or self._seen(made) < ENOUGH:
             return False
