@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 
 from iterbatch.bench.arm import Arm
 from iterbatch.bench.arm_records import ArmRecords
+from iterbatch.bench.job import Job
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import make_stream
 from iterbatch.bench.shared import Shared
 from iterbatch.config import Every
-from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import RunError
 from iterbatch.evaluation.memorisation import memorised, passes_of_blocks
 from iterbatch.evaluation.perplexity import Score
@@ -31,43 +31,26 @@ from iterbatch.model.flops import flop_model
 from iterbatch.model.lora import copy_adapter, reset_adapter, set_adapter
 from iterbatch.records import layout
 from iterbatch.records.machine import peak_memory_mb, reset_peak_memory
-from iterbatch.records.record import BatchRecord, passes_received, read_records
-from iterbatch.records.result import ArmResult, ArmSettings, read_result
-from iterbatch.records.scheduler import keep_scheduler, read_scheduler
+from iterbatch.records.record import BatchRecord, read_records
+from iterbatch.records.result import ArmResult, ArmSettings
+from iterbatch.records.scheduler import keep_scheduler
 from iterbatch.records.write import whole_or_not, write_json
 from iterbatch.reuse.prefetch import Prefetch
 from iterbatch.runtime.checkpoint import Checkpoints, Part, RandomStates, remove_checkpoints
 from iterbatch.runtime.interrupt import Stopped
 from iterbatch.runtime.processes import from_main
-from iterbatch.strategy import REFERENCE, STRATEGIES, BaseTrainingStrategy, make_strategy
-from iterbatch.strategy.base import BASE_LOSSES, GRADIENT_NOISE, PROBE_TEXT, SCHEDULER
+from iterbatch.strategy import BaseTrainingStrategy, make_strategy
 from iterbatch.training.budget import Allowance, Ledger
 from iterbatch.training.charges import Account
 from iterbatch.training.health import Health
 from iterbatch.training.loop import fit
 from iterbatch.training.passes import Passes, make_optimizer
-from iterbatch.training.step import Extras, StepSettings, TrainingStep
+from iterbatch.training.step import StepSettings, TrainingStep
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 ROLLBACKS = 3  # of an arm, at most
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be trained, and where its records go."""
-
-    shared: Shared
-    arm: Arm
-    seed: int
-    folder: Path  # of the arm and seed
-    listener: Listener
-
-    @property
-    def label(self) -> str:
-        """As trackers and messages name it."""
-        return f"{self.arm.name}/seed{self.seed}"
 
 
 @dataclass
@@ -125,13 +108,13 @@ class ArmParts:
             shared.placed, accelerator.prepare_optimizer(optimizer), accelerator, training.clip_norm
         )
         prices = flop_model(shared.model, config.model.gradient_checkpointing)
-        account = Account(prices, Ledger(), _allowance(job))
+        account = Account(prices, Ledger(), job.allowance())
         source = shared.reuse.sources["train"]
         stream = make_stream(shared.prepared, seed, accelerator.process_index, accelerator.num_processes)
         settings = StepSettings(config.lr, training.warmup, config.speed.reuse != "off")
-        strategy = make_strategy(job.arm.strategy, config.strategy.knobs, seed, _source(job))
-        _warm(job, strategy, stream)
-        step = TrainingStep(passes, account, settings, source, stream.batch, _extras(job, strategy, stream))
+        strategy = make_strategy(job.arm.strategy, config.strategy.knobs, seed, job.source())
+        job.warm(strategy, stream)
+        step = TrainingStep(passes, account, settings, source, stream.batch, job.extras(strategy, stream))
         prefetch, progress = Prefetch(stream, source), Progress()
         records = ArmRecords(job.folder, job.label, account.ledger, accelerator, job.listener)
         at_start: dict[str, Part] = {
@@ -312,73 +295,6 @@ def _roll_back(job: Job, parts: ArmParts, reason: str) -> bool:
     where = f"back to batch {ledger.batches} with half the learning rate"
     job.listener.note(f"{job.label}: {reason.split(';')[0]}; {where}")
     return True
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Its budget, and what it is made from
-
-
-def _allowance(job: Job) -> Allowance:
-    training, plan = job.shared.config.training, job.shared.plan
-    unit, passes = training.match, plan.batches
-    if unit == "seconds" and training.budget is None and job.arm.strategy == REFERENCE:
-        unit = "epochs"  # its seconds are what the others may spend
-    amounts = {"epochs": passes, "flops": plan.flops, "updates": passes, "tokens": plan.tokens}
-    amount = training.budget or (amounts[unit] if unit in amounts else _baseline_seconds(job))
-    amount *= job.arm.config.training.budget_share
-    last = {"epochs": 1.0, "updates": 1.0, "flops": plan.last_pass_flops}.get(unit, 0.0)
-    return Allowance(unit, float(amount), max(1, round(passes * amount / amounts.get(unit, amount))), last)
-
-
-def _baseline_seconds(job: Job) -> float:
-    return read_result(_finished(job, REFERENCE)).train_seconds
-
-
-def _source(job: Job) -> Any:
-    """What an arm is made from: passes of each batch, or the scheduler, of another arm."""
-    if job.arm.source is None:
-        return None
-    folder = _finished(job, job.arm.source, job.arm.source_seed(job.seed))
-    if STRATEGIES[job.arm.strategy].made_from == SCHEDULER:
-        return read_scheduler(folder)
-    return passes_received(read_records(folder / layout.BATCHES, BatchRecord))
-
-
-def _finished(job: Job, arm: str, seed: int | None = None) -> Path:
-    """The folder of another arm, of this seed or another."""
-    folder = layout.arm_folder(job.folder.parent.parent, arm, job.seed if seed is None else seed)
-    if not (folder / layout.RESULT).is_file():
-        other = f"{arm}/{folder.name}"
-        raise RunError(f"{job.label} is made from {other}, which is not finished; train that arm first")
-    return folder
-
-
-def _extras(job: Job, strategy: BaseTrainingStrategy, stream: BatchStream) -> Extras:
-    """What its strategy needs besides batches."""
-    shared, needs = job.shared, strategy.needs
-    if needs == GRADIENT_NOISE and len(stream.batch(0).micro_batches) < 2:
-        raise RunError(
-            f"{job.label} compares the gradients of micro-batches, and a batch has one; give --grad_accum 2 "
-            "or more, with a smaller --batch_size"
-        )
-    pieces = stream.pieces() if needs == PROBE_TEXT else ()
-    if needs == PROBE_TEXT and not pieces:
-        raise RunError(f"{job.label} measures on probe text, and none was set aside; give --probe_text 0.01")
-    base = shared.base_losses.nats if needs == BASE_LOSSES else None
-    return Extras(pieces, base, noise=needs == GRADIENT_NOISE)
-
-
-def _warm(job: Job, strategy: BaseTrainingStrategy, stream: BatchStream) -> None:
-    """Where layers are compiled: for the shapes that only this arm has."""
-    batch, length = stream.batch(0), job.shared.config.max_length
-    for parts in strategy.cuts:
-        for rows in {
-            micro.input_ids.shape[0] for n in range(parts) for micro in batch.part(n, parts).micro_batches
-        }:
-            job.shared.warm((rows, length))
-    if strategy.needs == PROBE_TEXT:
-        for rows in {micro.input_ids.shape[0] for piece in stream.pieces() for micro in piece.micro_batches}:
-            job.shared.warm((rows, length), training=False)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import numpy as np
 from iterbatch.errors import RunError
 from iterbatch.records.scheduler import read_scheduler
 from iterbatch.records.write import whole_or_not
-from iterbatch.report.comparison import AXES, ArmScores, CellScores
+from iterbatch.report.comparison import AXES, CellScores
+from iterbatch.report.scores import ArmScores
 from iterbatch.strategy import REFERENCE
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import torch
 from iterbatch.errors import ConfigError
 from iterbatch.records.read import Samples, read_samples
 from iterbatch.records.result import ArmResult
-from iterbatch.report.comparison import ArmScores, CellScores, SeedScores
+from iterbatch.report.comparison import CellScores
+from iterbatch.report.scores import ArmScores, SeedScores
 
 LENGTH = 256  # tokens of a text that are embedded
 

@@ -22,7 +22,8 @@ from iterbatch.records.result import DECODINGS, ArmResult
 from iterbatch.records.write import write_text
 from iterbatch.report import figures, mauve, summary
 from iterbatch.report.answers import answers, verdict_words
-from iterbatch.report.comparison import ArmScores, CellScores, Comparison, SeedScores, read_cells
+from iterbatch.report.comparison import CellScores, Comparison, read_cells
+from iterbatch.report.scores import ArmScores, SeedScores
 from iterbatch.report.stats import Interval
 from iterbatch.report.wording import (
     interval_of,

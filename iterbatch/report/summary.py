@@ -16,7 +16,8 @@ from iterbatch.records.read import read_results, read_samples
 from iterbatch.records.result import DECODINGS, TEXT_METRICS, ArmResult, TextMetrics
 from iterbatch.records.write import write_json, write_text
 from iterbatch.report import figures
-from iterbatch.report.comparison import ArmScores, CellScores, cells_of
+from iterbatch.report.comparison import CellScores, cells_of
+from iterbatch.report.scores import ArmScores
 from iterbatch.report.wording import code, markdown, mean, spread
 from iterbatch.strategy import REFERENCE
 

@@ -1,0 +1,181 @@
+"""What an arm's records say: its batches, its evaluations, and how it ended, seed by seed."""
+
+import math
+import statistics
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from iterbatch.errors import DataError
+from iterbatch.records import layout
+from iterbatch.records.read import DocumentScores, failure_of, read_documents
+from iterbatch.records.record import BatchRecord, EvalRecord, read_lines, tolerant
+from iterbatch.records.result import ArmResult, read_result
+from iterbatch.strategy import STRATEGIES
+
+Figure = Callable[[ArmResult], float | None]
+
+
+class Batches:
+    """The batches of a seed, a few numbers each, so that a million of them fit into memory.
+
+    Args:
+        file: Of their records; those that cannot be read are left out.
+    """
+
+    def __init__(self, file: Path) -> None:
+        losses, passes, received, planned = array("d"), array("q"), array("q"), array("q")
+        self.falls: list[
+            float
+        ] = []  # by pass: sum over batches of the loss before it, minus the initial loss
+        self.fallen: list[int] = []  # by pass: how many batches that are, those with one pass left out
+        for record in read_lines(file, BatchRecord) if file.exists() else ():
+            if isinstance(record, DataError):
+                continue
+            losses.append(record.initial_loss)
+            passes.append(record.repeats_done)
+            received.append(record.repeats_done + len(record.revisited))
+            planned.append(record.repeats_planned)
+            if len(record.losses) > 1:
+                self._fall(record.losses)
+        self.losses = np.array(losses)  # (batches,) initial loss, nats a token
+        self.passes = np.array(passes)  # (batches,) of the batch itself
+        self.received = np.array(received)  # (batches,) made while it was the current one
+        self.planned = np.array(planned)  # (batches,) that its strategy asked for
+
+    def _fall(self, losses: list[float]) -> None:
+        new = [0] * (len(losses) - len(self.falls))
+        self.falls += map(float, new)
+        self.fallen += new
+        for place, loss in enumerate(losses):
+            self.falls[place] += loss - losses[0]
+            self.fallen[place] += 1
+
+
+@dataclass(frozen=True)
+class SeedScores:
+    """One arm with one seed."""
+
+    seed: int
+    folder: Path
+    result: ArmResult | None  # None where the pair crashed
+    evals: list[EvalRecord] = field(default_factory=list)
+    documents: DocumentScores = field(default_factory=dict)
+    failed: str | None = None  # why: it crashed, or diverged
+    skipped_lines: int = 0  # of its records, that could not be read
+
+    @property
+    def validation(self) -> list[EvalRecord]:
+        """Evaluations of the validation split, in order."""
+        return [record for record in self.evals if record.split == "validation"]
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Its batches."""
+        return Batches(self.folder / layout.BATCHES)
+
+    def loss(self, split: str) -> float:
+        """Final mean nats a token; infinity where the pair failed."""
+        if self.failed is not None or self.result is None or split not in self.documents:
+            return math.inf
+        nats, tokens = self.documents[split]
+        return float(nats.sum() / tokens.sum())
+
+
+@dataclass(frozen=True)
+class ArmScores:
+    """One arm over its seeds."""
+
+    name: str
+    kind: str  # a key of STRATEGIES, or of those of the version that trained it
+    seeds: list[SeedScores]
+
+    @property
+    def finished(self) -> list[SeedScores]:
+        """Seeds that did not fail."""
+        return [each for each in self.seeds if each.failed is None]
+
+    @property
+    def failures(self) -> list[SeedScores]:
+        """Seeds that crashed or diverged."""
+        return [each for each in self.seeds if each.failed is not None]
+
+    def values(self, figure: Figure) -> list[float]:
+        """A figure of the results, of each finished seed that has it."""
+        found = [figure(each.result) for each in self.finished if each.result is not None]
+        return [float(value) for value in found if value is not None and math.isfinite(value)]
+
+    def mean(self, figure: Figure) -> float:
+        """Mean over finished seeds; NaN where there is none."""
+        values = self.values(figure)
+        return statistics.fmean(values) if values else math.nan
+
+    @property
+    def budget_share(self) -> float:
+        """Of its budget, in the cell's: not 1 for a baseline that says what compute is worth."""
+        settings = [each.result.arm for each in self.seeds if each.result is not None and each.result.arm]
+        return settings[0].budget_share if settings else 1.0
+
+    @property
+    def rate(self) -> float:
+        """Its learning rate; NaN where no result says it."""
+        settings = [each.result.arm for each in self.seeds if each.result is not None and each.result.arm]
+        return settings[0].lr if settings else math.nan
+
+    @cached_property
+    def alike(self) -> str:
+        """Where a strategy that means to adapt treated all batches alike: what it saw, what would help."""
+        kind = STRATEGIES.get(self.kind)
+        batches = [each.batches for each in self.finished]
+        planned = {int(passes) for each in batches for passes in np.unique(each.planned)}
+        if kind is None or not kind.adapts or len(planned) != 1:
+            return ""
+        losses = np.concatenate([each.losses[np.isfinite(each.losses)] for each in batches])
+        (passes,) = planned
+        times = "repeated no batch" if passes == 1 else f"gave every batch {passes} passes alike"
+        saw = (
+            f"{self.name} {times}: their initial losses lay between {losses.min():.2f} and {losses.max():.2f}"
+        )
+        advice = kind.advice(losses.tolist()) if len(losses) else ""
+        return f"{saw}. {advice}".rstrip(". ") + "."
+
+    def text(self, decoding: str, metric: str) -> list[float]:
+        """A metric of the written text, of each finished seed that has it."""
+        return self.values(lambda result: result.text.get(decoding, {}).get(metric))
+
+
+def read_arms(run_dir: Path, kinds: Mapping[str, str]) -> list[ArmScores]:
+    """The arms of a run, or of a cell of a study.
+
+    Args:
+        run_dir: Its folder.
+        kinds: Of its arms, by name and in their order; of those not named: what their results say.
+
+    Raises:
+        RunError: where a record that is needed is damaged.
+    """
+    arms: dict[str, list[SeedScores]] = {}
+    for arm, seed, folder in layout.ended_folders(run_dir):
+        arms.setdefault(arm, []).append(_seed(seed, folder))
+    places = {arm: place for place, arm in enumerate(kinds)}
+    names = sorted(arms, key=lambda arm: places.get(arm, len(places)))
+    return [ArmScores(arm, kinds.get(arm) or _kind(arm, arms[arm]), arms[arm]) for arm in names]
+
+
+def _kind(name: str, seeds: Sequence[SeedScores]) -> str:
+    return next((each.result.kind for each in seeds if each.result is not None), name)
+
+
+def _seed(seed: int, folder: Path) -> SeedScores:
+    if not (folder / layout.RESULT).exists():
+        return SeedScores(seed, folder, None, failed=failure_of(folder))
+    result = read_result(folder)
+    evals, skipped = tolerant(folder / layout.EVALS, EvalRecord)
+    failed = result.stopped or None
+    if failed is None and not result.finite:
+        failed = "its final loss is not finite"
+    return SeedScores(seed, folder, result, evals, read_documents(folder), failed, skipped)
