@@ -27,9 +27,9 @@ ENOUGH = 6  # probes of a pass before it is judged
 CAUTION = 0.6  # standard errors by which a pass must beat its price before it is made
 CURIOSITY = 1.0  # standard errors by which the second may miss its price and still be open to question
 SPENT = 0.03  # of all compute, at most, for probes and what they try
-COMMON = (
-    0.8  # correlation of the noise in the gains of one probe: they share its text (measured, docs/log.md)
-)
+# Correlation of the noise in the gains of one probe, which share its text: 0.7 to 0.9 in all but one group
+# of real probes (docs/log.md, 7).
+COMMON = 0.8
 ALIKE = 30.0  # probes that it takes before batches are held to differ
 STEPS = 20  # of the optimizer, a probe
 CLIP_Z = 5.0
