@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from iterbatch.checks import make_config
 from iterbatch.config import BenchConfig
+from iterbatch.data.blocks import prepare_blocks
 from iterbatch.data.corpus import read_corpus
-from iterbatch.data.data_loader import BatchStream, prepare_blocks
+from iterbatch.data.data_loader import BatchStream
 from iterbatch.model.compiled import compiled
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model

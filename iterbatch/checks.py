@@ -70,7 +70,8 @@ def check(config: BenchConfig) -> None:
     """
     groups = (config.model, config.data, config.training, config.speed, config.run)
     problems = [problem for group in groups for problem in range_problems(group)]
-    problems += [*_strategy_problems(config), *_budget_problems(config), *_run_problems(config)]
+    problems += [*_strategy_problems(config), *_budget_problems(config)]
+    problems += [*_text_problems(config), *_run_problems(config)]
     if not re.fullmatch(LAYERS, config.model.lora_layers):
         given = config.model.lora_layers
         problems.append(
@@ -172,6 +173,17 @@ def _budget_problems(config: BenchConfig) -> list[str]:
             f"{config.max_length}"
         )
     return problems
+
+
+def _text_problems(config: BenchConfig) -> list[str]:
+    data = config.data
+    try:
+        "".encode(data.encoding)
+    except (LookupError, ValueError):
+        known = ("utf-8", "utf-16", "gbk", "gb18030", "big5", "shift_jis", "euc-kr", "latin-1", "cp1252")
+        near = did_you_mean(data.encoding, known)
+        return [f"--encoding is '{data.encoding}', which is none; such as {', '.join(known)}{near}"]
+    return []
 
 
 def _run_problems(config: BenchConfig) -> list[str]:

@@ -43,6 +43,7 @@ LAST = Path("last")  # what --resume without a folder stands for
 NOT_SAVED = ("config", "run_name", "resume", "overwrite", "dry_run", "trust_remote_code")
 
 Match = Literal["epochs", "flops", "updates", "tokens", "seconds"]
+LossOn = Literal["all", "assistant", "completion"]
 UNITS: tuple[str, ...] = get_args(Match)  # that a budget is counted in
 
 
@@ -258,11 +259,29 @@ class DataConfig:
     data_dir: Annotated[
         Path | None,
         Knob(
-            "Read a local file or folder instead of the hub: .txt, .tokens/.raw (WikiText form), .jsonl, "
-            ".csv, "
-            ".parquet."
+            "Read a local file or folder instead of the hub: .txt, .md, .tokens/.raw (WikiText form), "
+            ".jsonl, .json, .csv, .tsv, .parquet, each also as .gz or .zst."
         ),
     ] = None
+    text_field: Annotated[
+        str | None,
+        Knob(
+            "The field of a row that holds its text. Default: the first form that a row has (text, turns, "
+            "dialogue, messages, conversations, instruction, prompt)"
+        ),
+    ] = None
+    encoding: Annotated[str, Knob("Of local text files, for example gbk or utf-16.")] = "utf-8"
+    loss_on: Annotated[
+        LossOn | None,
+        Knob(
+            "Which tokens are trained and scored: all, what the assistant says, or what completes a prompt. "
+            "Default: all of texts and dialogue, assistant for chat, completion for prompts and instructions"
+        ),
+    ] = None
+    special_tokens_in_text: Annotated[
+        Literal["literal", "keep"],
+        Knob("What the words of a special token in a text are, such as </s>: only text, or that token."),
+    ] = "literal"
     max_length: Annotated[
         int | None,
         Knob(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iterbatch.config import BenchConfig
+from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ConfigError
 from iterbatch.model.cut import CutModel
@@ -182,7 +183,8 @@ def _random_batches(config: BenchConfig, vocabulary: int) -> BatchStream:
     tokens = torch.randint(
         0, vocabulary, (4 * rows, config.max_length), generator=torch.Generator().manual_seed(0)
     )
-    return BatchStream(tokens.numpy(), config.training.batch_size, config.training.grad_accum, seed=0)
+    blocks, training = Blocks.of(tokens.numpy()), config.training
+    return BatchStream(blocks, training.batch_size, training.grad_accum, seed=0)
 
 
 def as_json(measured: list[Placement], config: BenchConfig) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from iterbatch.bench.base_losses import BaseLosses
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan, Prepared, make_plan, trackers
-from iterbatch.data.data_loader import order_digest, tokenizer_digest
+from iterbatch.data.data_loader import order_digest
+from iterbatch.data.tokens import tokenizer_digest
 from iterbatch.errors import RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
 from iterbatch.evaluation.perplexity import Score, score
@@ -167,8 +168,8 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
     model = load_model(prepared.base, config.model)
     names = trackers(config.run.log_with)
     accelerator = make_accelerator(PRECISION[prepared.base.dtype], names, run_dir, config.flat())
-    for message in prepared.corpus.notes:
-        listener.note(f"{prepared.corpus.source}: {message}")
+    for message in prepared.notes:
+        listener.note(message)
     # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients
     # would then not be
     # synchronised.
@@ -222,8 +223,8 @@ def _manifest(prepared: Prepared, plan: Plan) -> dict[str, Any]:
             "source": Path(corpus.source).name if config.data.data_dir else corpus.source,
             "licence": corpus.licence,
             "sha256": corpus.digest(),
-            "documents": {split: len(documents) for split, documents in corpus.splits.items()},
-            "notes": corpus.notes,
+            "documents": {split: documents.documents for split, documents in corpus.splits.items()},
+            "notes": [note.replace(corpus.source, Path(corpus.source).name) for note in prepared.notes],
             "order_sha256": {
                 str(seed): order_digest(blocks, seed, training.epochs) for seed in training.seeds
             },

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iterbatch.bench.listener import Listener
-from iterbatch.bench.prepare import Plan
+from iterbatch.bench.prepare import Plan, Scored
 from iterbatch.config import BenchConfig
 from iterbatch.records.record import BatchRecord, EvalRecord
 from iterbatch.records.result import ArmResult
@@ -62,8 +62,9 @@ class RichListener(Listener):
         self.console.print(
             Text(
                 f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trainable_parameters / 1e6:,.2f} M of "
-                f"them trained; {plan.blocks:,} blocks of "
-                f"{plan.max_length} tokens; {plan.batches:,} batches an arm, {self.arms} arm(s); to {run_dir}"
+                f"them trained; {plan.blocks:,} blocks of {plan.max_length} tokens, "
+                f"loss on {_loss_on(plan)}; "
+                f"{plan.batches:,} batches an arm, {self.arms} arm(s); to {run_dir}"
             )
         )
 
@@ -102,19 +103,36 @@ class RichListener(Listener):
             self.console.print(Text(f"validation perplexity before training: {record.ppl:,.3f}"))
 
 
+def _loss_on(plan: Plan) -> str:
+    """All, assistant or completion; of each how many documents where there are several."""
+    if len(plan.loss_on) == 1:
+        return next(iter(plan.loss_on))
+    return ", ".join(f"{part} ({count:,} documents)" for part, count in plan.loss_on.items())
+
+
+def _scored(text: Scored) -> str:
+    silent = text.all_tokens + text.documents - text.tokens
+    without = f", {silent:,} more without loss" if silent > 0 else ""
+    return (
+        f"{text.documents:,} documents (as much as {text.effective_documents:,.1f} of one length), "
+        f"{text.tokens:,} tokens{without}"
+    )
+
+
 def plan_table(plan: Plan, config: BenchConfig) -> Table:
     """What ``--dry_run`` prints."""
     table = Table(title="Plan (one baseline arm; repeats come on top)", show_header=False)
     rows = {
         "parameters": f"{plan.parameters:,} ({plan.trainable_parameters:,} trained)",
-        "blocks": f"{plan.blocks:,} of {plan.max_length} tokens",
+        "training text": f"{plan.documents:,} documents, {plan.blocks:,} blocks of {plan.max_length} tokens",
+        "loss on": _loss_on(plan),
         "batches": f"{plan.batches:,}",
         "updates": f"{plan.batches:,}",
-        "tokens": f"{plan.tokens:,} label tokens",
+        "tokens": f"{plan.tokens:,} that the loss is on",
         "compute": f"{plan.flops / 1e9:,.1f} GFLOPs",
         "price ratio of a repeat": f"{plan.price_ratio:.2f}",
         "peak memory, estimated": f"{plan.memory_mb:,.0f} MB",
-        "scored tokens": ", ".join(f"{split} {tokens:,}" for split, tokens in plan.eval_tokens.items()),
+        **{f"scored of {split}": _scored(text) for split, text in plan.scored.items()},
         "arms": f"{len(config.strategy.strategies)} strategies x {len(config.training.seeds)} seeds",
     }
     for name, value in rows.items():

@@ -39,7 +39,7 @@ def _plan(config: BenchConfig, console: Console) -> int:
 
     prepared, planned = plan(config)
     console.print(Text(dump_yaml(config.flat())))
-    for note in prepared.corpus.notes:
+    for note in prepared.notes:
         console.print(Text(f"note: {plain(note)}"))
     console.print(plan_table(planned, config))
     return 0

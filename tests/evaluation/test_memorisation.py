@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from iterbatch.checks import make_config
+from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.evaluation.memorisation import groups, memorised, passes_of_blocks
 from iterbatch.model.cut import CutModel
@@ -18,7 +19,7 @@ def _record(batch, done, revisited=()):
 
 
 def test_passes_are_counted_where_they_were_made():
-    stream = BatchStream(np.arange(40).reshape(8, 5), batch_size=2, grad_accum=1, seed=3)
+    stream = BatchStream(Blocks.of(np.arange(40).reshape(8, 5)), batch_size=2, grad_accum=1, seed=3)
     order = [stream.rows_of(index) for index in range(4)]
     passes = passes_of_blocks([_record(0, 3), _record(1, 1), _record(2, 1, revisited=[0, 1])], stream)
     assert passes[order[0]].tolist() == [4, 4]
