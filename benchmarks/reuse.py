@@ -164,7 +164,7 @@ def part_trainer(data: Path, rounds: int) -> None:
             }
             per_pass = trainer(
                 theirs.model,
-                theirs.prepared.blocks,
+                theirs.prepared.blocks.ids,
                 batches,
                 scratch,
                 warm=0,
