@@ -24,11 +24,12 @@ from iterbatch.config import BenchConfig
 from iterbatch.data.blocks import Blocks, prepare_blocks
 from iterbatch.data.corpus import read_corpus
 from iterbatch.data.data_loader import BatchStream
+from iterbatch.model.base import PRECISION, load_base
 from iterbatch.model.compiled import compiled
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
-from iterbatch.model.load import PRECISION, load_base, load_model
 from iterbatch.model.lora import adapter_parameters, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy import BaseTrainingStrategy

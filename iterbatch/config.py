@@ -199,8 +199,8 @@ class ModelConfig:
     model_name: Annotated[
         str,
         Knob(
-            "Hub name, local folder in Hugging Face format, or 'bundled' for the small LLaMA that comes with "
-            "the package."
+            "Hub name, local folder in Hugging Face format, GGUF file, or 'bundled' for the small LLaMA that "
+            "comes with the package."
         ),
     ] = BUNDLED
     dtype: Annotated[
@@ -215,6 +215,10 @@ class ModelConfig:
         Literal["8bit", "4bit"] | None,
         Knob('Quantise the frozen weights through bitsandbytes (pip install "iterbatch[quant]").'),
     ] = None
+    quant_type: Annotated[
+        Literal["nf4", "fp4"],
+        Knob("Of --load_in 4bit, whose scales are quantised too (double quantisation)."),
+    ] = "nf4"
     gradient_checkpointing: Annotated[
         bool,
         Knob(
@@ -228,6 +232,17 @@ class ModelConfig:
     ] = False
     lora_rank: Annotated[int, Knob("Rank of the adapter matrices", at_least=1)] = 8
     lora_alpha: Annotated[float, Knob("Adapter scale is alpha / rank", above=0)] = 16.0
+    rslora: Annotated[bool, Knob("Scale by alpha / sqrt(rank) instead, as rank-stabilised LoRA does.")] = (
+        False
+    )
+    init_lora: Annotated[
+        Literal["default", "gaussian"],
+        Knob(
+            "How the adapters begin; both add nothing at first. PiSSA, OLoRA, EVA, CorDA and LoftQ "
+            "change the frozen weights, which all arms share, and are refused; so is DoRA, whose norms are "
+            "computed anew in each pass, which the FLOP model does not count."
+        ),
+    ] = "default"
     lora_dropout: Annotated[float, Knob("Dropout in front of the adapters", at_least=0, below=1)] = 0.0
     lora_layers: Annotated[
         str,

@@ -18,9 +18,10 @@ from iterbatch.data.corpus import NAMED, Corpus, Reading, read_corpus, unreachab
 from iterbatch.data.data_loader import BatchStream, set_aside
 from iterbatch.data.windows import EvalText, prepare_eval
 from iterbatch.errors import ConfigError, UserError
+from iterbatch.model.base import Base, load_base
 from iterbatch.model.flops import flop_model, memory_estimate_mb
-from iterbatch.model.load import Base, load_base, load_model
 from iterbatch.model.lora import adapted_layers
+from iterbatch.model.weights import load_model
 from iterbatch.reuse.run_stores import Texts
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ from iterbatch.config import BenchConfig
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ConfigError
+from iterbatch.model.base import PRECISION, load_base
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
-from iterbatch.model.load import PRECISION, load_base, load_weights
 from iterbatch.model.lora import adapted_layers, attach_adapter
+from iterbatch.model.weights import load_weights
 from iterbatch.records.machine import peak_memory_mb, reset_peak_memory
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.runtime.processes import make_accelerator

@@ -18,10 +18,11 @@ from iterbatch.data.tokens import tokenizer_digest
 from iterbatch.errors import RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
 from iterbatch.evaluation.perplexity import Score, score
+from iterbatch.model.base import PRECISION
 from iterbatch.model.compiled import Compiled, compiled
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import PRECISION, load_model
 from iterbatch.model.lora import reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.records import layout
 from iterbatch.records.machine import environment
 from iterbatch.records.result import TextMetrics

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from iterbatch.checks import make_config
 from iterbatch.errors import DataError, RunError
 from iterbatch.evaluation.generate import Sampling, generate
-from iterbatch.model.load import PRECISION, load_base, load_weights
+from iterbatch.model.base import PRECISION, load_base
+from iterbatch.model.weights import load_weights
 from iterbatch.records import layout
 from iterbatch.records.read import read_config, read_results
 from iterbatch.runtime.processes import make_accelerator

@@ -7,9 +7,10 @@ from iterbatch.checks import make_config
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.evaluation.memorisation import groups, memorised, passes_of_blocks
+from iterbatch.model.base import load_base
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import load_base, load_model
 from iterbatch.model.lora import copy_adapter, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.records.record import BatchRecord
 from iterbatch.runtime.processes import make_accelerator
 

@@ -10,8 +10,9 @@ from iterbatch.data.documents import Document
 from iterbatch.data.windows import EvalText, prepare_eval, rolling_windows
 from iterbatch.evaluation.generate import distinct, repetition, text_metrics
 from iterbatch.evaluation.perplexity import Score, score
+from iterbatch.model.base import load_base
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import load_base, load_model
+from iterbatch.model.weights import load_model
 from iterbatch.runtime.processes import make_accelerator
 
 TEXTS = [

@@ -14,10 +14,11 @@ from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ModelError
 from iterbatch.model.attention import NAME, attend
+from iterbatch.model.base import load_base
 from iterbatch.model.compiled import compiled
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import load_base, load_model
 from iterbatch.model.lora import adapter_parameters
+from iterbatch.model.weights import load_model
 from iterbatch.runtime.processes import make_accelerator
 
 

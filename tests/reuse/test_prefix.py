@@ -17,9 +17,10 @@ from iterbatch.data.batch import IGNORED, Batch, MicroBatch
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ConfigError
+from iterbatch.model.base import load_base
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import load_base, load_model
 from iterbatch.model.lora import adapter_parameters, copy_adapter, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.records.record import BatchRecord, EvalRecord, read_records
 from iterbatch.reuse.prefetch import Prefetch
 from iterbatch.reuse.prefix import PrefixSource

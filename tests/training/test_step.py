@@ -9,8 +9,9 @@ from iterbatch.checks import make_config
 from iterbatch.data.batch import IGNORED, Batch, MicroBatch
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
-from iterbatch.model.load import load_base, load_model
+from iterbatch.model.base import load_base
 from iterbatch.model.lora import adapter_parameters, copy_adapter, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy.controls import FixedStrategy
 from iterbatch.strategy.original import ABRStrategy, BaselineStrategy

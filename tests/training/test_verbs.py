@@ -12,8 +12,9 @@ from iterbatch.checks import make_config
 from iterbatch.data.batch import Batch
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
-from iterbatch.model.load import load_base, load_model
+from iterbatch.model.base import load_base
 from iterbatch.model.lora import adapter_parameters, copy_adapter, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy import STRATEGIES, make_strategy
 from iterbatch.strategy.scheduler import VERSION, Probe
