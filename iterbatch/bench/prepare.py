@@ -18,10 +18,11 @@ from iterbatch.data.corpus import NAMED, Corpus, Reading, read_corpus, unreachab
 from iterbatch.data.data_loader import BatchStream, set_aside
 from iterbatch.data.windows import EvalText, prepare_eval
 from iterbatch.errors import ConfigError, UserError
-from iterbatch.model.base import Base, load_base
+from iterbatch.model.base import Base, base_digests, load_base
 from iterbatch.model.flops import flop_model, memory_estimate_mb
 from iterbatch.model.lora import adapted_layers
 from iterbatch.model.weights import load_model
+from iterbatch.records.origin import Origin
 from iterbatch.reuse.run_stores import Texts
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Prepared:
     blocks: Blocks  # of the training text
     aside: np.ndarray  # which of them are probe text, never trained on
     texts: dict[str, EvalText]  # validation and test
+
+    def origin(self) -> Origin:
+        """Digests of all that training starts from."""
+        return Origin(self.corpus.digests(), *base_digests(self.base))
 
     @property
     def notes(self) -> list[str]:

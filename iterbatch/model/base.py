@@ -16,8 +16,9 @@ import torch
 
 from iterbatch.config import BenchConfig
 from iterbatch.data import hub
+from iterbatch.data.tokens import tokenizer_digest
 from iterbatch.errors import ConfigError, ModelError, first_line
-from iterbatch.model.headers import check_headers
+from iterbatch.model.headers import check_headers, files_digest, weight_files
 from iterbatch.model.lora import adapted_layers
 
 if TYPE_CHECKING:
@@ -137,6 +138,19 @@ def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBa
             f"{LOCAL_HINT}"
         )
     return tokenizer
+
+
+def base_digests(base: Base) -> tuple[str, str]:
+    """SHA-256 of a base's weights, as their files are, and of its tokenizer."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(base.path)
+    if not folder.is_dir():  # on the hub: what lies in its cache
+        known = try_to_load_from_cache(base.path, "config.json")
+        folder = Path(known).parent if isinstance(known, str) else folder
+    gguf = base.options.get("gguf_file")
+    files = [folder / gguf] if gguf else weight_files(folder)
+    return files_digest(files), tokenizer_digest(base.tokenizer)
 
 
 def gguf_options() -> dict[str, Any]:

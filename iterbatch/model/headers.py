@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,15 @@ FLOATS = ("F32", "BF16", "F16")  # quantised weights have shapes of their own
 def weight_files(folder: Path) -> list[Path]:
     """The base's own, in order; an adapter's beside them are none of it."""
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """SHA-256 over files, each by its own; empty where there is none."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest() if files else ""
 
 
 def check_headers(folder: Path, config: PretrainedConfig, hint: str) -> None:

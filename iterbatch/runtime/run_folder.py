@@ -107,13 +107,20 @@ def _check_same_experiment(config: BenchConfig, folder: Path) -> None:
     changed = [
         f"--{key} was {then.get(key)}, now {value}"
         for key, value in now.items()
-        if key not in RESUMABLE and then.get(key) != value
+        if key not in RESUMABLE and then.get(key) != value and not _same_place(key, then.get(key), value)
     ]
     if changed:
         raise RunError(
             f"{folder} was made with other settings, its arms could not be compared: {'; '.join(changed)}. "
             "Give another --run_name"
         )
+
+
+def _same_place(key: str, then: object, now: object) -> bool:
+    """Whether two words for a place mean the same."""
+    if key not in ("data_dir", "model_name") or then is None or now is None:
+        return False
+    return Path(str(now)).exists() and Path(str(then)).resolve() == Path(str(now)).resolve()
 
 
 # ------------------------------------------------------------------------------------------------------------
