@@ -159,6 +159,9 @@ def test_luck_is_how_far_a_choice_may_miss():
     failed = np.vstack([clear, [[math.inf, 3.0, 3.0]]])
     assert stats.choice_luck(failed) == stats.choice_luck(clear)
     assert math.isnan(stats.choice_luck(clear[:, :1]))  # one seed says nothing of it
+    # A rate near divergence, whose seeds lie far apart and all far above, says nothing of the others.
+    wild = np.vstack([clear, np.add(clear[:2], 0.1), [[4.0, 5.0, 9.0]]])
+    assert stats.choice_luck(wild) < 2e-3
 
 
 def test_luck_widens_an_interval():
