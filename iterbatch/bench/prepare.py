@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class Prepared:
     aside: np.ndarray  # which of them are probe text, never trained on
     texts: dict[str, EvalText]  # validation and test
 
+    @cached_property
     def origin(self) -> Origin:
         """Digests of all that training starts from."""
         return Origin(self.corpus.digests(), *base_digests(self.base))

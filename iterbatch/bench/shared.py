@@ -24,7 +24,7 @@ from iterbatch.model.lora import reset_adapter
 from iterbatch.model.weights import load_model
 from iterbatch.records import layout
 from iterbatch.records.machine import environment
-from iterbatch.records.origin import Origin, check_origin, origin_json, write_places
+from iterbatch.records.origin import check_origin, origin_json, write_places
 from iterbatch.records.result import TextMetrics
 from iterbatch.records.write import write_json
 from iterbatch.reuse.run_stores import Reuse, open_reuse
@@ -165,8 +165,8 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
     Raises:
         RunError: where what is done with it runs out of memory.
     """
-    config, origin = prepared.config, prepared.origin()
-    check_origin(run_dir, origin)
+    config = prepared.config
+    check_origin(run_dir, prepared.origin)
     model = load_model(prepared.base, config.model)
     names = trackers(config.run.log_with)
     accelerator = make_accelerator(PRECISION[prepared.base.dtype], names, run_dir, config.flat())
@@ -190,7 +190,7 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
                 listener.note(f"layers compiled in {cold_start:.0f} s, off every arm's clock")
             plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
             if accelerator.is_main_process and not (run_dir / layout.MANIFEST).exists():
-                content = {**_manifest(prepared, plan, origin), "compile_seconds": cold_start}
+                content = {**_manifest(prepared, plan), "compile_seconds": cold_start}
                 write_places(run_dir, config.flat())
                 write_json(run_dir / layout.MANIFEST, content)
             listener.planned(plan, run_dir)
@@ -210,7 +210,7 @@ def _out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
-def _manifest(prepared: Prepared, plan: Plan, origin: Origin) -> dict[str, Any]:
+def _manifest(prepared: Prepared, plan: Plan) -> dict[str, Any]:
     config, corpus = prepared.config, prepared.corpus
     blocks, training = prepared.trained_blocks, config.training
     local = Path(config.model.model_name).exists()
@@ -231,7 +231,7 @@ def _manifest(prepared: Prepared, plan: Plan, origin: Origin) -> dict[str, Any]:
                 str(seed): order_digest(blocks, seed, training.epochs) for seed in training.seeds
             },
         },
-        "origin": origin_json(origin),
+        "origin": origin_json(prepared.origin),
         "seeds": list(training.seeds),
         "plan": dataclasses.asdict(plan),
     }

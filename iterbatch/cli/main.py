@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from iterbatch import __version__
-from iterbatch.cli import cache, compare, generate, power, price, report, train, tune
+from iterbatch.cli import cache, compare, export, generate, power, price, report, train, tune
 from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words, exit_code
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.report.wording import plain
@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     "report": (report.Report, "Write the report of a run or a comparison anew, from its records alone."),
     "power": (power.Power, "How many seeds it takes to find an effect, from the spread of a comparison."),
     "generate": (generate.Generate, "Continue a text with a trained adapter."),
+    "export": (export.Export, "Write a trained adapter with its card to a folder, or merged into its base."),
     "price": (
         price.Price,
         "Measure what fresh passes and repeats cost on this machine, by placement of the adapters.",

@@ -52,5 +52,5 @@ def wikitext_articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def wikitext_document(article: str) -> Document:
-    """An article with ordinary punctuation."""
-    return Document.of(detokenize_wikitext(article).strip("\n") + "\n", source=article)
+    """An article with ordinary punctuation; its ``<unk>``, a rare word, stays that token."""
+    return Document.of(detokenize_wikitext(article).strip("\n") + "\n", source=article, literal=())

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from scipy import stats
 
 from iterbatch.data.windows import EvalText, collate
 from iterbatch.model.cut import CutModel
@@ -37,6 +39,16 @@ class Score:
     def ppl(self) -> float:
         """Token perplexity, exp(nats / tokens)."""
         return _exp(self.nats / self.tokens)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Of the perplexity, over documents: ratio estimator, Student's t; NaN with fewer than two."""
+        nats, tokens = np.array(self.document_nats), np.array(self.document_tokens)
+        count, loss = len(tokens), self.nats / self.tokens
+        if count < 2:
+            return math.nan, math.nan
+        error = math.sqrt(float(((nats - loss * tokens) ** 2).sum()) * count / (count - 1)) / self.tokens
+        reach = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * error
+        return _exp(loss - reach), _exp(loss + reach)
 
     @property
     def word_ppl(self) -> float:
