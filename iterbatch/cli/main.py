@@ -1,6 +1,7 @@
 """``iterbatch COMMAND …``: which commands there are, and how what goes wrong is said."""
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Union
@@ -45,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a Windows console may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    console, errors = Console(width=_width()), Console(stderr=True, width=_width())
+    console, errors = _Console(width=_width()), _Console(stderr=True, width=_width())
     try:
         return _run(given, console)
     except KeyboardInterrupt as stopped:  # before or after what a command does about it itself
@@ -56,6 +57,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as problem:
         _complain(errors, f"{problem.filename or 'a file'}: {problem.strerror or problem}")
     return EXIT_BAD_INPUT
+
+
+class _Console(Console):
+    """Whose reader may go away: what was asked for is done all the same, unseen."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def _run(given: list[str], console: Console) -> int:

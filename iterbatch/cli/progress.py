@@ -19,6 +19,7 @@ from rich.text import Text
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan, Scored
 from iterbatch.config import BenchConfig
+from iterbatch.records.machine import busy
 from iterbatch.records.record import BatchRecord, EvalRecord
 from iterbatch.records.result import ArmResult
 from iterbatch.report.wording import plain
@@ -64,9 +65,11 @@ class RichListener(Listener):
                 f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trainable_parameters / 1e6:,.2f} M of "
                 f"them trained; {plan.blocks:,} blocks of {plan.max_length} tokens, "
                 f"loss on {_loss_on(plan)}; "
-                f"{plan.batches:,} batches an arm, {self.arms} arm(s); to {run_dir}"
+                f"{plan.batches:,} batches an arm, {self.arms} arm(s); {at_work()}; to {run_dir}"
             )
         )
+        if (crowd := busy()) is not None:
+            self.note(crowd)
 
     def arm_started(self, strategy: str, seed: int) -> None:
         """Start its bar."""
@@ -103,6 +106,16 @@ class RichListener(Listener):
             self.console.print(Text(f"validation perplexity before training: {record.ppl:,.3f}"))
 
 
+def at_work() -> str:
+    """How many processes and threads train."""
+    import torch
+
+    from iterbatch.runtime.processes import count
+
+    processes, threads = count(), torch.get_num_threads()
+    return f"{processes} process(es), {threads} thread(s) each"
+
+
 def _loss_on(plan: Plan) -> str:
     """All, assistant or completion; of each how many documents where there are several."""
     if len(plan.loss_on) == 1:
@@ -133,6 +146,7 @@ def plan_table(plan: Plan, config: BenchConfig) -> Table:
         "price ratio of a repeat": f"{plan.price_ratio:.2f}",
         "peak memory, estimated": f"{plan.memory_mb:,.0f} MB",
         **{f"scored of {split}": _scored(text) for split, text in plan.scored.items()},
+        "processes": at_work(),
         "arms": f"{len(config.strategy.strategies)} strategies x {len(config.training.seeds)} seeds",
     }
     for name, value in rows.items():

@@ -64,6 +64,18 @@ def _git(folder: Path, *words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
+def busy() -> str | None:
+    """A word on other work on this machine, where the system counts it and there is as much as cores."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < cores:
+        return None
+    return (
+        f"the machine is busy (load {load:.1f} on {cores} cores): training takes longer, and its seconds say "
+        "little"
+    )
+
+
 _PROC_STATUS = Path("/proc/self/status")
 
 

@@ -114,11 +114,12 @@ def hint(cell: CellScores) -> str | None:
     ratios = [ratio for arm in cell.arms if (ratio := _compute_ratio(cell, arm)) is not None]
     if not ratios or max(ratios) < 1.02:
         return None
-    return (
+    said = (
         "The arms spent different amounts of compute, so a lower perplexity here is no proof that repeating "
-        "pays. "
-        "`--match flops` gives every arm what the baseline costs."
+        "pays."
     )
+    advice = " `--match flops` gives every arm what the baseline costs."
+    return said if cell.unit == "flops" else said + advice
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,10 @@ def make_accelerator(
     AcceleratorState._reset_state()
     names: Any = list(trackers) or None
     accelerator = Accelerator(
-        mixed_precision=precision, log_with=names, project_dir=None if folder is None else str(folder)
+        mixed_precision=precision,
+        log_with=names,
+        project_dir=None if folder is None else str(folder),
+        cpu=_on_cpu(),
     )
     if trackers:
         plain = {
@@ -47,9 +51,17 @@ def make_accelerator(
 def _state() -> PartialState:
     """Accelerate's view of the processes, whichever of it and the Accelerator is asked for first."""
     from accelerate import PartialState
+
+    return PartialState(cpu=_on_cpu())
+
+
+def _on_cpu() -> bool:
+    """Whether several processes share a machine without an accelerator: Accelerate wants to be told so."""
+    import torch
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    several = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
 
 
 def is_main() -> bool:

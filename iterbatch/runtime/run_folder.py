@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from iterbatch.config import LAST, BenchConfig
-from iterbatch.errors import RunError
+from iterbatch.errors import RunError, typed
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records.layout import CONFIG, HOLDER, LOCK
 from iterbatch.records.read import read_config
@@ -83,8 +83,8 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise RunError(
-            f"{folder} exists already; resume it by --resume {folder}, replace it by --overwrite, or give "
-            "another --run_name"
+            f"{folder} exists already; resume it by {typed('--resume', folder)}, replace it by --overwrite, "
+            "or give another --run_name"
         )
     if not (folder / CONFIG).exists():
         raise RunError(
