@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from iterbatch.bench.base_losses import BaseLosses
 from iterbatch.bench.listener import Listener
-from iterbatch.bench.prepare import Plan, Prepared, make_plan, trackers
+from iterbatch.bench.prepare import Plan, Prepared, make_plan
 from iterbatch.data.data_loader import order_digest
 from iterbatch.errors import RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
@@ -168,8 +168,7 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
     config = prepared.config
     check_origin(run_dir, prepared.origin)
     model = load_model(prepared.base, config.model)
-    names = trackers(config.run.log_with)
-    accelerator = make_accelerator(PRECISION[prepared.base.dtype], names, run_dir, config.flat())
+    accelerator = make_accelerator(PRECISION[prepared.base.dtype])
     for message in prepared.notes:
         listener.note(message)
     # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients
@@ -199,9 +198,6 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
         if not _out_of_memory(problem):
             raise
         raise RunError(OUT_OF_MEMORY) from problem
-    finally:
-        if names:
-            accelerator.end_training()
 
 
 def _out_of_memory(problem: BaseException) -> bool:

@@ -117,7 +117,7 @@ class ArmParts:
         job.warm(strategy, stream)
         step = TrainingStep(passes, account, settings, source, stream.batch, job.extras(strategy, stream))
         prefetch, progress = Prefetch(stream, source), Progress()
-        records = ArmRecords(job.folder, job.label, account.ledger, accelerator, job.listener)
+        records = ArmRecords(job.folder, account.ledger, accelerator, job.listener, job.tracking)
         at_start: dict[str, Part] = {
             **records.writers,
             "strategy": strategy,

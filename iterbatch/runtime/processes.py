@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from iterbatch.records.layout import TRACKING
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 
-def make_accelerator(
-    precision: str,
-    trackers: Sequence[str] = (),
-    folder: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Accelerator:
+def make_accelerator(precision: str) -> Accelerator:
     """Accelerate with the precision of this run, whatever an earlier run of this process had.
 
     Args:
         precision: ``no``, ``bf16`` or ``fp16``.
-        trackers: Names that Accelerate knows.
-        folder: Where they write.
-        settings: Of the run, for them.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     # Precision is global to a process in Accelerate; runs of one process may differ.
     AcceleratorState._reset_state()
-    names: Any = list(trackers) or None
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=names,
-        project_dir=None if folder is None else str(folder),
-        cpu=_on_cpu(),
-    )
-    if trackers:
-        plain = {
-            name: value if isinstance(value, int | float | str) else str(value)
-            for name, value in (settings or {}).items()
-        }
-        accelerator.init_trackers(TRACKING, config=plain)
-    return accelerator
+    return Accelerator(mixed_precision=precision, cpu=_on_cpu())
 
 
 def _state() -> PartialState:
