@@ -45,7 +45,12 @@ def _documents(flags):
     )
 
 
-NAMES = ["bracket_in_file_name", "changed_file_same_time_and_name", "content_null", "content_in_parts", "notebook_checkpoints", "eval_file", "csv_words_that_look_missing", "json_array", "gzip_lines", "upper_case_ending", "apple_double", "one_very_long_document", "field_that_comes_late", "numbers_and_dates_as_text", "sharegpt", "alpaca", "prompt_and_completion", "gbk"]  # fmt: skip
+NAMES = (
+    *("bracket_in_file_name", "changed_file_same_time_and_name", "content_null", "content_in_parts"),
+    *("notebook_checkpoints", "eval_file", "csv_words_that_look_missing", "json_array", "gzip_lines"),
+    *("upper_case_ending", "apple_double", "one_very_long_document", "field_that_comes_late"),
+    *("numbers_and_dates_as_text", "sharegpt", "alpaca", "prompt_and_completion", "gbk"),
+)
 
 
 def test_every_case_is_tried(cases):
