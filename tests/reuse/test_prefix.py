@@ -447,11 +447,8 @@ def test_a_run_is_the_same_with_every_kind_of_reuse_and_cheaper(quick, monkeypat
     assert rows["filling"]["baseline", 0]["seconds_saved"] > 0
     assert rows["filling"]["baseline", 0]["seconds_charged"] == 0
     assert rows["filling"]["abr", 0]["seconds_charged"] > 0
-    blocks = 16 * 32 + sum(
-        json.loads((runs["off"] / "manifest.json").read_text(encoding="utf-8"))["plan"][
-            "eval_tokens"
-        ].values()
-    )
+    plan = json.loads((runs["off"] / "manifest.json").read_text(encoding="utf-8"))["plan"]
+    blocks = 16 * 32 + sum(text["tokens"] for text in plan["scored"].values())
     assert rows["filled"]["abr", 0]["store_gb"] == pytest.approx(blocks * 32 * 4 / 1e9, rel=0.25)
     assert len(list((tmp_path / "cache" / "activations").iterdir())) == 3
     assert "## Frozen prefix reused" in (runs["filled"] / "summary.md").read_text(encoding="utf-8")
