@@ -24,6 +24,7 @@ BUNDLED = "bundled"
 DEFAULT_LENGTH = 512  # tokens a block
 ASSETS = Path(__file__).parent / "assets" / "base"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian"}  # of adapters, as PEFT names them
 AUTO, NONE = "auto", "none"  # of the trackers: tensorboard where it is installed; none at all
 TRACKERS = (
     AUTO,
@@ -236,13 +237,9 @@ class ModelConfig:
         False
     )
     init_lora: Annotated[
-        Literal["default", "gaussian"],
-        Knob(
-            "How the adapters begin; both add nothing at first. PiSSA, OLoRA, EVA, CorDA and LoftQ "
-            "change the frozen weights, which all arms share, and are refused; so is DoRA, whose norms are "
-            "computed anew in each pass, which the FLOP model does not count."
-        ),
+        str, Knob("How the adapters begin, default or gaussian; both add nothing at first.")
     ] = "default"
+    dora: Annotated[bool, Knob("Refused: what DoRA costs is not in the FLOP model.")] = False
     lora_dropout: Annotated[float, Knob("Dropout in front of the adapters", at_least=0, below=1)] = 0.0
     lora_layers: Annotated[
         str,

@@ -19,7 +19,7 @@ from iterbatch.data.corpus import NAMED, Corpus, Reading, read_corpus, unreachab
 from iterbatch.data.data_loader import BatchStream, set_aside
 from iterbatch.data.windows import EvalText, prepare_eval
 from iterbatch.errors import ConfigError, UserError
-from iterbatch.model.base import Base, base_digests, load_base
+from iterbatch.model.base import ADAPTER, Base, base_digests, load_base
 from iterbatch.model.flops import flop_model, memory_estimate_mb
 from iterbatch.model.lora import adapted_layers
 from iterbatch.model.weights import load_model
@@ -54,6 +54,8 @@ class Prepared:
         """What the reader must be told of the text."""
         source = self.corpus.source
         notes = [f"{source}: {note}" for note in self.corpus.notes]
+        if (Path(self.base.path) / ADAPTER).is_file():
+            notes.append(f"{self.base.path}: an adapter lies beside the base; it is not used")
         for split, text in self.texts.items():
             if text.cut:
                 notes.append(f"{source}: the last document of {split} is cut at --max_eval_tokens")

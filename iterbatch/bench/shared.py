@@ -206,6 +206,12 @@ def _out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
+def _without_places(note: str, prepared: Prepared) -> str:
+    for place in (prepared.corpus.source, prepared.base.path):
+        note = note.replace(place, Path(place).name)
+    return note
+
+
 def _manifest(prepared: Prepared, plan: Plan) -> dict[str, Any]:
     config, corpus = prepared.config, prepared.corpus
     blocks, training = prepared.trained_blocks, config.training
@@ -222,7 +228,7 @@ def _manifest(prepared: Prepared, plan: Plan) -> dict[str, Any]:
             "source": Path(corpus.source).name if config.data.data_dir else corpus.source,
             "licence": corpus.licence,
             "documents": {split: documents.documents for split, documents in corpus.splits.items()},
-            "notes": [note.replace(corpus.source, Path(corpus.source).name) for note in prepared.notes],
+            "notes": [_without_places(note, prepared) for note in prepared.notes],
             "order_sha256": {
                 str(seed): order_digest(blocks, seed, training.epochs) for seed in training.seeds
             },

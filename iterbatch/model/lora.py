@@ -7,16 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from iterbatch.config import ModelConfig
+from iterbatch.config import INITS, ModelConfig
 from iterbatch.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-# As PEFT names them.
-INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian"}
 
 
 def adapted_layers(spec: str, layers: int) -> list[int]:
