@@ -180,13 +180,14 @@ def _adapter_problems(config: BenchConfig) -> list[str]:
     problems, given = [], config.model.init_lora
     if given not in INITS:
         problems.append(
-            f"--init_lora is '{given}'; choose default or gaussian. PiSSA, OLoRA, EVA, CorDA and LoftQ change the "
-            "frozen weights, which all arms share, and whose activations are kept"
+            f"--init_lora is '{given}'; choose default or gaussian. PiSSA, OLoRA, EVA, CorDA and LoftQ "
+            "change the frozen weights, which all arms share, and whose activations are kept"
         )
     if config.model.dora:
         problems.append(
-            "--dora cannot be used: DoRA computes the norms of all adapted weights anew in every pass, which the "
-            "FLOP model does not count, so arms would not get the same budget; leave it out, or try --rslora"
+            "--dora cannot be used: DoRA computes the norms of all adapted weights anew in every pass, which "
+            "the FLOP model does not count, so arms would not get the same budget; leave it out, or try "
+            "--rslora"
         )
     return problems
 
