@@ -1,6 +1,9 @@
 """Trackers, read back: one run an arm and seed, under the run's name, and nothing lost."""
 
 import json
+import os
+import struct
+import tempfile
 from collections import defaultdict
 
 import pytest
@@ -8,6 +11,8 @@ import pytest
 import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.records.record import BatchRecord, EvalRecord, read_records
+
+os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp())  # read when trackio is imported
 
 ARMS = ("baseline/seed0", "baseline/seed1", "abr/seed0", "abr/seed1")
 NAMES = {"initial_loss", "passes", "learning_rate", "gradient_norm", "flops", "train_seconds"}
@@ -65,34 +70,50 @@ def test_tensorboard(tiny, tmp_path):
         assert "settings/text_summary" in events.Tags()["tensors"]
 
 
+def _wandb_records(file):
+    """The records of an offline file: LevelDB's log format behind a header of seven bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place, parts = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
 def test_wandb_offline(tiny, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run_dir = _train(tiny, tmp_path, "wandb")
     files = sorted((run_dir / "tracking").rglob("*.wandb"))
     labels = set()
     for file in files:
-        store, found, run = DataStore(), defaultdict(list), None
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        found, run, axes = defaultdict(list), None, set()
+        for record in _wandb_records(file):
             if record.HasField("run"):
                 run = record.run
+            if record.HasField("metric"):
+                axes.add(record.metric.step_metric)
             if record.HasField("history"):
                 row = {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                    for item in record.history.item
+                    each.key or "/".join(each.nested_key): json.loads(each.value_json)
+                    for each in record.history.item
                 }
                 for name, value in row.items():
-                    if not name.startswith("_"):
-                        found[name].append((row["_step"], value))
+                    found[name].append((record.history.step.num, value))
         assert run is not None
         assert (run.project, run.run_group) == ("iterbatch", "mine")
+        assert "flops" in axes
         labels.add(run.display_name)
         _check(run_dir, run.display_name, found)
     assert labels == {*ARMS}
@@ -117,16 +138,15 @@ def test_mlflow(tiny, tmp_path, monkeypatch):
         _check(run_dir, each.info.run_name, found)
 
 
-def test_trackio(tiny, tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_trackio(tiny, tmp_path):
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
     run_dir = _train(tiny, tmp_path, "trackio")
-    api = trackio.Api()
-    runs = {each.name: each for each in api.runs("mine")}
-    assert sorted(runs) == sorted(ARMS)
-    for label, each in runs.items():
+    assert sorted(SQLiteStorage.get_runs("mine")) == sorted(ARMS)
+    for label in ARMS:
         found = defaultdict(list)
-        for row in each.history():
+        for row in SQLiteStorage.get_logs("mine", label):
             for name, value in row.items():
                 if name not in ("step", "timestamp"):
                     found[name].append((row["step"], value))
