@@ -28,6 +28,9 @@ KEPT = (
     "evals.jsonl",
     "documents.json",
     "samples.json",
+    "tuning.json",
+    "scheduler.json",
+    "base_losses.json",
 )
 
 SETTINGS = ("study.json", "config.yaml")  # where folders are named

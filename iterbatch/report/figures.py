@@ -187,13 +187,15 @@ def _worth(axes: Axes, cell: CellScores) -> bool:
         return False
     shares, losses = cell.exchange
     axes.plot(shares, losses, color=INK, marker="o", markersize=4, linewidth=1.2, label="baseline")
-    for each in cell.against_baseline:
-        if np.isfinite(each.estimate):
-            colour = _colour(cell, each.arm)["color"]
-            axes.plot(1, each.estimate, marker="s", markersize=6, linestyle="", color=colour)
-            axes.annotate(
-                each.arm, (1, each.estimate), (6, -3), textcoords="offset points", fontsize=8, color=INK
-            )
+    found = sorted((each.estimate, each.arm) for each in cell.against_baseline if np.isfinite(each.estimate))
+    reach = np.ptp([*losses, *(estimate for estimate, _ in found)])
+    height = -np.inf  # of the last label; they must not lie on one another
+    for estimate, arm in found:
+        axes.plot(1, estimate, marker="s", markersize=6, linestyle="", color=_colour(cell, arm)["color"])
+        height = max(estimate, height + 0.045 * reach)
+        line = {"arrowstyle": "-", "linewidth": 0.5, "color": INK}
+        place = {"xytext": (1.06, height), "verticalalignment": "center", "fontsize": 8, "color": INK}
+        axes.annotate(arm, (1, estimate), arrowprops=line, **place)
     axes.set(xlabel="budget, share of the cell's", ylabel="log test perplexity, to the baseline's")
     return True
 
