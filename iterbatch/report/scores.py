@@ -115,7 +115,7 @@ class ArmScores:
 
     @property
     def settings(self) -> ArmSettings | None:
-        """What it was, where a result says so."""
+        """What it was; None where no result says so."""
         return next((each.result.arm for each in self.seeds if each.result and each.result.arm), None)
 
     @property
