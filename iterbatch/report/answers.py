@@ -126,14 +126,16 @@ def _text_words(cell: CellScores) -> list[str]:
         for arm in cell.arms
         if len(values := arm.text("sampled", "distinct_2")) > 1
     ]
-    noise = math.sqrt(statistics.fmean(within)) if within else math.nan
+    noise = ""
+    if within:
+        noise = f", where seeds of one arm spread by {number(math.sqrt(statistics.fmean(within)))}"
     others = [name for name in rep if name != REFERENCE]
     least, most = (choose(others, key=lambda name: varied[name]) for choose in (min, max))
     low, high = (choose(rep[name] for name in others) for choose in (min, max))
     return [
         f"Sampled text: distinct-2 is {number(varied[REFERENCE])} for the baseline, and "
         f"{number(varied[least])} ({least}) to "
-        f"{number(varied[most])} ({most}) for the others, where seeds of one arm spread by {number(noise)}; "
+        f"{number(varied[most])} ({most}) for the others{noise}; "
         f"rep-4 is {number(rep[REFERENCE])}, "
         f"and {number(low)} to {number(high)} for the others."
     ]

@@ -325,8 +325,7 @@ def _questions(arm: ArmScores, adaptive: Sequence[str]) -> list[tuple[str, str, 
     kind = STRATEGIES[arm.kind]
     if not kind.question:
         return []
-    settings = next((each.result.arm for each in arm.seeds if each.result is not None), None)
-    source = settings.source if settings is not None and kind.made_from else None
+    source = arm.settings.source if arm.settings is not None and kind.made_from else None
     if kind.rival:
         pairs = [(arm.name, kind.rival)]
     elif kind.arm == EVERY:

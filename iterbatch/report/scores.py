@@ -14,7 +14,7 @@ from iterbatch.errors import DataError
 from iterbatch.records import layout
 from iterbatch.records.read import DocumentScores, failure_of, read_documents
 from iterbatch.records.record import BatchRecord, EvalRecord, read_lines, tolerant
-from iterbatch.records.result import ArmResult, read_result
+from iterbatch.records.result import ArmResult, ArmSettings, read_result
 from iterbatch.strategy import STRATEGIES
 
 Figure = Callable[[ArmResult], float | None]
@@ -29,9 +29,8 @@ class Batches:
 
     def __init__(self, file: Path) -> None:
         losses, passes, received, planned = array("d"), array("q"), array("q"), array("q")
-        self.falls: list[
-            float
-        ] = []  # by pass: sum over batches of the loss before it, minus the initial loss
+        # By pass: sum over batches of the loss before it, minus the initial loss.
+        self.falls: list[float] = []
         self.fallen: list[int] = []  # by pass: how many batches that are, those with one pass left out
         for record in read_lines(file, BatchRecord) if file.exists() else ():
             if isinstance(record, DataError):
@@ -115,16 +114,19 @@ class ArmScores:
         return statistics.fmean(values) if values else math.nan
 
     @property
+    def settings(self) -> ArmSettings | None:
+        """What it was; None where no result says so."""
+        return next((each.result.arm for each in self.seeds if each.result and each.result.arm), None)
+
+    @property
     def budget_share(self) -> float:
         """Of its budget, in the cell's: not 1 for a baseline that says what compute is worth."""
-        settings = [each.result.arm for each in self.seeds if each.result is not None and each.result.arm]
-        return settings[0].budget_share if settings else 1.0
+        return self.settings.budget_share if self.settings else 1.0
 
     @property
     def rate(self) -> float:
         """Its learning rate; NaN where no result says it."""
-        settings = [each.result.arm for each in self.seeds if each.result is not None and each.result.arm]
-        return settings[0].lr if settings else math.nan
+        return self.settings.lr if self.settings else math.nan
 
     @cached_property
     def alike(self) -> str:
