@@ -67,6 +67,46 @@ def check_origin(folder: Path, now: Origin) -> None:
         )
 
 
+# Settings that decide what of a text is trained, and how it is written.
+TEXT_SETTINGS = (
+    "dataset",
+    "dataset_config",
+    "data_dir",
+    "text_field",
+    "encoding",
+    "loss_on",
+    "special_tokens_in_text",
+)
+
+
+def check_alike(cells: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Compare what the cells of a comparison were made from, where they name the same text and model.
+
+    Args:
+        cells: Their folders, and their settings by flag.
+
+    Raises:
+        RunError: where one was made from another text, model or tokenizer under the same name.
+    """
+    seen: dict[tuple[str, ...], tuple[Path, Origin]] = {}
+    for folder, settings in cells.items():
+        origin = read_origin(folder)
+        if origin is None:
+            continue
+        model = str(settings.get("model_name"))
+        text = tuple(str(settings.get(name)) for name in TEXT_SETTINGS)
+        # A chat template is part of the tokenizer, so the same rows may read otherwise under another model.
+        kinds = {("model", model): Origin({}, origin.weights, origin.tokenizer)}
+        kinds["text", model, *text] = Origin(origin.text, "", "")
+        for words, part in kinds.items():
+            other, first = seen.setdefault(words, (folder, part))
+            if changed := first.differences(part):
+                raise RunError(
+                    f"{folder} was made from something else than {other.name} under the same name: "
+                    f"{'; '.join(changed)}. Delete the one that is not wanted and train it again"
+                )
+
+
 def origin_json(origin: Origin) -> dict[str, Any]:
     """As a manifest holds it."""
     return asdict(origin)

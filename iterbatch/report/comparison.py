@@ -20,6 +20,7 @@ import numpy as np
 
 from iterbatch.errors import RunError
 from iterbatch.records import layout
+from iterbatch.records.origin import check_alike
 from iterbatch.records.read import (
     read_study,
     settings_of,
@@ -358,13 +359,14 @@ def read_cells(run_dir: Path) -> list[CellScores]:
     """The cells of a study that have a result, in its order, or the one of a run.
 
     Raises:
-        RunError: where there is nothing to report.
+        RunError: where there is nothing to report, or cells of one name were made from different things.
     """
     if not run_dir.is_dir():
         raise RunError(f"{run_dir} is not a folder; give the folder of a run or a comparison")
     cells = [cell for cell in cells_of(run_dir) if cell.reportable]
     if not cells:
         raise RunError(f"{run_dir} has no finished arm; there is nothing to report yet")
+    check_alike({cell.run_dir: settings_of(cell.run_dir) for cell in cells})
     return cells
 
 

@@ -6,9 +6,13 @@ import shutil
 import pytest
 
 import iterbatch
+from iterbatch.bench.arm import arms_of
 from iterbatch.checks import make_config
 from iterbatch.cli.main import main
+from iterbatch.errors import RunError
 from iterbatch.records.origin import Origin, check_origin, read_origin
+from iterbatch.study.pairs import Cell, Study
+from iterbatch.study.run import compare
 
 ROWS = [
     {"text": f"Document {number} speaks of trains, tea and maps, in its own words."} for number in range(60)
@@ -71,6 +75,24 @@ def test_another_text_or_model_under_the_same_name_is_refused(ran, capsys):
     for command in (["train", "--resume", str(ran), "--strategies", "baseline", "abr"], ["generate", str(ran), "--prompt", "x"]):  # fmt: skip # noqa: E501
         assert main(command) == 2
         assert "the weights of the base has SHA-256" in " ".join(capsys.readouterr().err.split())
+
+
+def test_cells_made_from_different_things_under_one_name_are_not_compared(tiny, tmp_path, capsys):
+    _write(tmp_path / "rows.jsonl", ROWS)
+    study = tmp_path / "study"
+    flags = {**tiny, "data_dir": str(tmp_path / "rows.jsonl"), "prompts": 2}
+    cells = {
+        name: Cell(
+            name, config := make_config(**flags | {"lr": lr}, strategies=["baseline"]), arms_of(config)
+        )
+        for name, lr in (("slow", 0.001), ("fast", 0.01))
+    }
+    compare(Study("study", (cells["slow"],)), study, workers=1)
+    _write(tmp_path / "rows.jsonl", [{"text": row["text"].replace("tea", "ale")} for row in ROWS])
+    with pytest.raises(RunError, match="the text of train has SHA-256"):
+        compare(Study("study", tuple(cells.values())), study, workers=1)
+    assert main(["report", str(study)]) == 2
+    assert "fast was made from something else than slow" in capsys.readouterr().err
 
 
 def test_what_is_not_known_is_not_compared(ran):
