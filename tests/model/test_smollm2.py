@@ -12,6 +12,7 @@ from torch.nn import functional
 import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.cli.main import main
+from iterbatch.report import page
 from iterbatch.runtime.interrupt import Stopped
 
 pytestmark = pytest.mark.slow
@@ -75,6 +76,23 @@ def test_trained_stopped_resumed_and_continued(flags, monkeypatch, capsys):
     assert results[0]["flops_saved"] > 0
     assert main(["generate", str(whole), "--prompt", "participant: I need water", "--new_tokens", "4"]) == 0
     assert "I need water" in capsys.readouterr().out
+
+
+def test_mauve_with_it_as_the_embedding_model(smollm2, tiny):
+    run = iterbatch.run(make_config(**tiny | {"prompts": 20}, strategies=["baseline"], run_name="mauve"))
+
+    def scored():
+        (cell,) = page.write(run, smollm2)
+        text = cell.arms[0].seeds[0].result.text
+        return [text[decoding]["mauve"] for decoding in ("greedy", "sampled")]
+
+    written = scored()
+    assert all(0 < value < 1 for value in written)
+    file = run / "baseline" / "seed0" / "samples.json"
+    samples = json.loads(file.read_text(encoding="utf-8"))
+    samples["trained"]["greedy"]["texts"] = samples["human"]
+    file.write_text(json.dumps(samples), encoding="utf-8")
+    assert scored() == [pytest.approx(1, abs=0.01), written[1]]
 
 
 def test_the_base_s_perplexity_is_that_of_independent_code(flags, smollm2):
