@@ -224,14 +224,18 @@ def test_probe_text_is_computed_once_and_its_scores_cost_the_adapted_part(three)
     adapted = flops.forward(shapes) - flops.prefix.of(shapes)
     assert step.ledger.flops_probe == pytest.approx(2 * flops.forward(shapes) + 2 * adapted)
     assert step.ledger.flops == step.ledger.flops_probe
+    step.begin()
     batch = next(stream)
-    step(batch)
+    first = step(batch)
     assert step.probe_price == pytest.approx(adapted / flops.fresh(batch.shapes))
-    assert step.probe(0) != losses[0]  # the adapter as it is now
-    # What a checkpoint has of it is fetched again, and not paid for again.
+    second = step.probe(0)
+    assert second != losses[0]  # the adapter as it is now
+    # What was answered before a checkpoint is answered again, and its prefix is not paid for again.
     twin = _step(model, source, extras=Extras(stream.pieces()))
     twin.load_state_dict(step.state_dict())
     paid = twin.ledger.flops_probe
+    assert (twin(batch), twin.probe(0)) == (first, second)
+    assert twin.ledger.flops_probe == paid
     twin.probe(1)
     assert twin.ledger.flops_probe - paid == pytest.approx(adapted)
 
