@@ -24,13 +24,11 @@ from iterbatch.model.flops import flop_model, memory_estimate_mb
 from iterbatch.model.lora import adapted_layers
 from iterbatch.model.weights import load_model
 from iterbatch.records.origin import Origin
+from iterbatch.records.scored import Scored
 from iterbatch.reuse.run_stores import Texts
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-FEW = 10  # documents; fewer are no sample
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,8 @@ class Prepared:
         for split, text in self.texts.items():
             if text.cut:
                 notes.append(f"{source}: the last document of {split} is cut at --max_eval_tokens")
-            if text.effective_documents < FEW:
-                notes.append(
-                    f"{source}: {split} scores {text.documents} document(s), which say as much as "
-                    f"{text.effective_documents:.1f} of one length; below {FEW}, a difference may be that of "
-                    "a single one"
-                )
+            if (caution := text.counts.caution(split)) is not None:
+                notes.append(f"{source}: {caution}")
         return notes
 
     @property
@@ -154,16 +148,6 @@ def _dataset_problem(config: BenchConfig) -> str | None:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What of a split is scored."""
-
-    tokens: int  # that the loss is on
-    all_tokens: int
-    documents: int
-    effective_documents: float  # of one length, that say as much
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a run will do, known before anything is trained. Counts are of one baseline arm."""
 
@@ -176,6 +160,7 @@ class Plan:
     documents: int  # of the training text
     loss_on: dict[LossOn, int]  # documents, of all splits, by what the loss is on
     scored: dict[str, Scored]
+    without_loss: dict[str, int]  # tokens of the scored documents that the loss is not on
     trainable_parameters: int
     parameters: int
     memory_mb: float
@@ -212,9 +197,9 @@ def make_plan(prepared: Prepared, model: PeftModel, processes: int = 1, stored_b
         max_length=config.max_length,
         documents=prepared.corpus.splits["train"].documents,
         loss_on=dict(prepared.corpus.loss_on),
-        scored={
-            split: Scored(text.tokens, text.all_tokens, text.documents, text.effective_documents)
-            for split, text in prepared.texts.items()
+        scored={split: text.counts for split, text in prepared.texts.items()},
+        without_loss={
+            split: text.all_tokens + text.documents - text.tokens for split, text in prepared.texts.items()
         },
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         parameters=sum(p.numel() for p in model.parameters()),

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from iterbatch.bench.listener import Listener
-from iterbatch.bench.prepare import Plan, Scored
+from iterbatch.bench.prepare import Plan
 from iterbatch.config import BenchConfig
 from iterbatch.records.machine import busy
 from iterbatch.records.record import BatchRecord, EvalRecord
@@ -123,13 +123,9 @@ def _loss_on(plan: Plan) -> str:
     return ", ".join(f"{part} ({count:,} documents)" for part, count in plan.loss_on.items())
 
 
-def _scored(text: Scored) -> str:
-    silent = text.all_tokens + text.documents - text.tokens
-    without = f", {silent:,} more without loss" if silent > 0 else ""
-    return (
-        f"{text.documents:,} documents (as much as {text.effective_documents:,.1f} of one length), "
-        f"{text.tokens:,} tokens{without}"
-    )
+def _scored(plan: Plan, split: str) -> str:
+    silent = plan.without_loss[split]
+    return f"{plan.scored[split]}, {silent:,} more without loss" if silent > 0 else f"{plan.scored[split]}"
 
 
 def plan_table(plan: Plan, config: BenchConfig) -> Table:
@@ -145,7 +141,7 @@ def plan_table(plan: Plan, config: BenchConfig) -> Table:
         "compute": f"{plan.flops / 1e9:,.1f} GFLOPs",
         "price ratio of a repeat": f"{plan.price_ratio:.2f}",
         "peak memory, estimated": f"{plan.memory_mb:,.0f} MB",
-        **{f"scored of {split}": _scored(text) for split, text in plan.scored.items()},
+        **{f"scored of {split}": _scored(plan, split) for split in plan.scored},
         "processes": at_work(),
         "arms": f"{len(config.strategy.strategies)} strategies x {len(config.training.seeds)} seeds",
     }

@@ -72,6 +72,8 @@ def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
     for row in summary.rows(cell):
         table.add_row(*(Text(plain(each)) for each in row))
     console.print(table)
+    if scored := summary.scored_words(cell):
+        console.print(Text(f"Scored: {scored}."))
     for note in summary.notices(cell):
         console.print(Text(note))
     begin = f"begin with {layout.REPORT} or {layout.SUMMARY_PAGE}"

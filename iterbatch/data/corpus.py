@@ -109,7 +109,7 @@ def read_corpus(
     if data_dir is not None:
         splits, licence, source = _read_local(data_dir, reading), "as the text's owner states", str(data_dir)
     elif dataset == "pydocs":
-        splits, source = _pydocs(), "the Python reference manual"
+        splits, source = _pydocs(reading), "the Python reference manual"
         licence = "Python Software Foundation License 2"
     else:
         splits, licence, source = _read_hub(dataset, dataset_config, reading)
@@ -159,12 +159,12 @@ def _paragraphs(document: Document) -> list[Document]:
     return [Document.of(part.strip("\n") + "\n", literal=document.literal) for part in parts]
 
 
-def _pydocs() -> dict[str, Documents]:
+def _pydocs(reading: Reading) -> dict[str, Documents]:
     """The Python reference manual, as one version of CPython has it: others have other topics."""
     asset = resources.files("iterbatch") / "assets" / "text" / PYDOCS
     with resources.as_file(asset) as path:
         file = TextFile(path, ".jsonl", ".gz")
-        return {"train": Documents(Document.of(row["text"]) for _, row in rows(file))}
+        return {"train": Documents(_documents_of_rows(rows(file), reading, PYDOCS))}
 
 
 # ------------------------------------------------------------------------------------------------------------

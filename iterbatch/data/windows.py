@@ -15,6 +15,7 @@ from iterbatch.data.blocks import Blocks
 from iterbatch.data.documents import Document
 from iterbatch.data.tokens import tokenize
 from iterbatch.errors import DataError
+from iterbatch.records.scored import Scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,9 +56,9 @@ class EvalText:
         return len(self.document_tokens)
 
     @property
-    def effective_documents(self) -> float:
-        """How many documents of one length say as much: (sum of tokens)² / sum of squares (Kish, 1965)."""
-        return sum(self.document_tokens) ** 2 / max(1, sum(count**2 for count in self.document_tokens))
+    def counts(self) -> Scored:
+        """How much text it is."""
+        return Scored.of(self.document_tokens)
 
 
 def rolling_windows(

@@ -96,8 +96,10 @@ def check_alike(cells: Mapping[Path, Mapping[str, Any]]) -> None:
         model = str(settings.get("model_name"))
         text = tuple(str(settings.get(name)) for name in TEXT_SETTINGS)
         # A chat template is part of the tokenizer, so the same rows may read otherwise under another model.
-        kinds = {("model", model): Origin({}, origin.weights, origin.tokenizer)}
-        kinds["text", model, *text] = Origin(origin.text, "", "")
+        kinds: dict[tuple[str, ...], Origin] = {
+            ("model", model): Origin({}, origin.weights, origin.tokenizer),
+            ("text", model, *text): Origin(origin.text, "", ""),
+        }
         for words, part in kinds.items():
             other, first = seen.setdefault(words, (folder, part))
             if changed := first.differences(part):

@@ -21,11 +21,9 @@ import numpy as np
 from iterbatch.errors import RunError
 from iterbatch.records import layout
 from iterbatch.records.origin import check_alike
-from iterbatch.records.read import (
-    read_study,
-    settings_of,
-)
+from iterbatch.records.read import SCORED, read_study, settings_of
 from iterbatch.records.record import EvalRecord
+from iterbatch.records.scored import Scored
 from iterbatch.records.tuning import read_curves
 from iterbatch.report import stats
 from iterbatch.report.scores import ArmScores, SeedScores, read_arms
@@ -119,6 +117,12 @@ class CellScores:
     def unit(self) -> str:
         """What all arms could spend the same of."""
         return str(self.config.get("match", "epochs"))
+
+    @property
+    def scored(self) -> dict[str, Scored]:
+        """How much text the numbers rest on, by split; empty where an earlier version kept no documents."""
+        each = next((seed for arm in self.arms for seed in arm.finished if seed.documents), None)
+        return {} if each is None else {split: Scored.of(each.documents[split][1]) for split in SCORED}
 
     @cached_property
     def method(self) -> tuple[str, dict[str, float]]:

@@ -250,9 +250,9 @@ def test_a_long_document_is_cut_at_the_cap(tokenizer):
 
 
 def test_how_many_documents_of_one_length_say_as_much(tokenizer):
-    assert prepare_eval(DOCUMENTS[:1] * 7, tokenizer, 16).effective_documents == pytest.approx(7)
+    assert prepare_eval(DOCUMENTS[:1] * 7, tokenizer, 16).counts.effective_documents == pytest.approx(7)
     uneven = prepare_eval([*DOCUMENTS[:6], Document.of("A word and another one. " * 500)], tokenizer, 16)
-    assert 1 < uneven.effective_documents < 1.2
+    assert 1 < uneven.counts.effective_documents < 1.2
 
 
 def test_a_long_document_lies_in_one_split(tmp_path, monkeypatch):
