@@ -42,7 +42,7 @@ def test_what_was_repeated_fell_further(tiny):
     model = load_model(load_base(config), config.model)
     reset_adapter(model, seed=1)
     cut, accelerator = CutModel(model), make_accelerator("no")
-    blocks = np.random.default_rng(0).integers(3, 4000, (8, 33))
+    blocks = Blocks.of(np.random.default_rng(0).integers(3, 4000, (8, 33)))
     passes = np.array([9, 9, 9, 9, 1, 1, 1, 1])
     before = memorised(cut, model, blocks, passes, accelerator, 4)
     assert before["most"].loss == pytest.approx(before["most"].base_loss)  # nothing trained yet
@@ -50,7 +50,7 @@ def test_what_was_repeated_fell_further(tiny):
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(12):  # on the first group alone
-        ids = torch.tensor(blocks[:4])
+        ids = torch.tensor(blocks.ids[:4])
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
