@@ -41,7 +41,8 @@ def read_schedulers(run_dir: Path) -> list[Mapping[str, Any]]:
     Raises:
         RunError: where there is none, or one cannot be read.
     """
-    files = sorted(run_dir.rglob(layout.SCHEDULER)) if run_dir.is_dir() else []
+    inside = ("", "seed*/", "*/seed*/", "*/*/seed*/")  # of a seed, an arm, a run, a study of several cells
+    files = sorted(file for part in inside for file in run_dir.glob(f"{part}{layout.SCHEDULER}"))
     if not files:
         raise RunError(
             f"{run_dir} holds no scheduler; give the folder of a run in which learnable has finished a seed"
