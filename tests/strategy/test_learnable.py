@@ -9,7 +9,7 @@ import torch
 from support.synthetic_stream import SyntheticStep, gain_per_compute, play
 
 from iterbatch.errors import ConfigError, RunError
-from iterbatch.records.scheduler import read_schedulers
+from iterbatch.records.scheduler import keep_scheduler, read_schedulers
 from iterbatch.strategy import make_strategy
 from iterbatch.strategy.learnable import LearnableSchedulingStrategy
 from iterbatch.strategy.scheduler import (
@@ -194,6 +194,22 @@ def test_a_saved_scheduler_continues(tmp_path):
 def test_a_scheduler_that_cannot_be_used_is_named(kept, said):
     with pytest.raises(RunError, match=said):
         probes_of(kept)
+
+
+@pytest.mark.parametrize("above", ["", "seed0", "learnable/seed0", "cell/learnable/seed0"])
+def test_schedulers_are_found_where_runs_keep_them(tmp_path, above):
+    folder = tmp_path / above
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_scheduler(folder, {"version": VERSION, "probes": []})
+    assert len(read_schedulers(tmp_path)) == 1
+
+
+def test_a_disk_is_not_searched_for_schedulers(tmp_path):
+    folder = tmp_path / "user" / "results" / "run" / "learnable" / "seed0"
+    folder.mkdir(parents=True)
+    keep_scheduler(folder, {"version": VERSION, "probes": []})
+    with pytest.raises(RunError, match="holds no scheduler"):
+        read_schedulers(tmp_path)
 
 
 def test_a_run_without_a_scheduler_is_refused(tmp_path):
