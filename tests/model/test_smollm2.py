@@ -43,6 +43,7 @@ def flags(smollm2, real_text, tmp_path_factory):
         "evals": 1,
         "prompts": 2,
         "reuse": "epoch",
+        "reuse_dtype": "float32",
         "strategies": ["baseline"],
         "log_with": ["none"],
         "save_dir": tmp_path_factory.mktemp("smollm2"),
@@ -78,8 +79,8 @@ def test_trained_stopped_resumed_and_continued(flags, monkeypatch, capsys):
     assert "I need water" in capsys.readouterr().out
 
 
-def test_mauve_with_it_as_the_embedding_model(smollm2, tiny):
-    run = iterbatch.run(make_config(**tiny | {"prompts": 20}, strategies=["baseline"], run_name="mauve"))
+def test_mauve_with_it_as_the_embedding_model(smollm2, tiny, tmp_path):
+    run = iterbatch.run(make_config(**tiny | {"prompts": 20, "save_dir": tmp_path}, strategies=["baseline"]))
 
     def scored():
         (cell,) = page.write(run, smollm2)
@@ -105,10 +106,13 @@ def test_the_base_s_perplexity_is_that_of_independent_code(flags, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     rows = (flags["data_dir"] / "valid.jsonl").read_text(encoding="utf-8").splitlines()
-    nats, tokens, length = 0.0, 0, flags["max_length"]
+    nats, tokens, seen, length = 0.0, 0, 0, flags["max_length"]
     for row in map(json.loads, rows):
         text = "\n".join(f"{turn['speaker']}: {turn['text']}" for turn in row["turns"])
-        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        room = flags["max_eval_tokens"] - seen
+        seen += len(ids)
+        ids = ids[:room] if len(ids) > room + flags["max_eval_tokens"] / 10 else [*ids, tokenizer.eos_token_id]
         sequence = [tokenizer.bos_token_id or tokenizer.eos_token_id, *ids]
         for start in range(0, len(ids), length):
             end = min(start + length, len(ids))
@@ -117,6 +121,6 @@ def test_the_base_s_perplexity_is_that_of_independent_code(flags, smollm2):
                 logits = model(torch.tensor([sequence[first:end]])).logits[0, start - first :]
             nats += functional.cross_entropy(logits, torch.tensor(ids[start:end]), reduction="sum").item()
         tokens += len(ids)
-        if tokens >= flags["max_eval_tokens"]:
+        if seen >= flags["max_eval_tokens"]:
             break
     assert base == pytest.approx(math.exp(nats / tokens), rel=1e-4)
