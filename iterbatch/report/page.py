@@ -21,8 +21,8 @@ from iterbatch.records.read import Samples, read_samples
 from iterbatch.records.result import DECODINGS, ArmResult
 from iterbatch.records.write import write_text
 from iterbatch.report import figures, mauve, summary
-from iterbatch.report.answers import answers, verdict_words
-from iterbatch.report.comparison import CellScores, Comparison, read_cells
+from iterbatch.report.answers import answers, unfinished, verdict_words
+from iterbatch.report.comparison import CellScores, Comparison, cells_of, read_cells
 from iterbatch.report.scores import ArmScores, SeedScores
 from iterbatch.report.stats import Interval
 from iterbatch.report.wording import (
@@ -84,12 +84,14 @@ def write(run_dir: Path, mauve_model: Path | None = None) -> list[CellScores]:
         RunError: where there is nothing to report, or a file that is needed is damaged.
     """
     cells = read_cells(run_dir)
+    left = [pair for cell in cells_of(run_dir) for pair in cell.open]
     if mauve_model is not None:
         cells = mauve.scored(cells, mauve_model)
     summary.write(run_dir)
     sections = [_section(cell, run_dir) for cell in cells]
     content = {
         "title": run_dir.resolve().name,
+        "unfinished": unfinished(left) if left else "",
         "sections": sections,
         "map": _map(sections),
         "text_metrics": TEXT,
@@ -167,7 +169,7 @@ def _row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> dict[
         "val": spread(arm.values(lambda result: result.val_ppl)) if not arm.failures else "∞",
         "test": spread(arm.values(lambda result: result.test_ppl)) if not arm.failures else "∞",
         "delta": "" if compared is None else interval_words(compared),
-        "p": "" if compared is None or compared.interval is None else f"{compared.p_adjusted:.3f}",
+        "p": "" if compared is None or compared.interval is None else number(compared.p_adjusted, 3),
         "improvement": "" if compared is None else number(compared.improvement, 2),
         "verdict": "" if compared is None else compared.verdict,
         "target": _share(interval, reached, of) if arm.name != REFERENCE else "",
