@@ -3,7 +3,7 @@
     python -m campaigns.comparisons               # 60 kills
     python -m campaigns.comparisons --kills 6     # what the test suite does
 
-A comparison of four arms by two seeds on a tiny model, by one, two or four workers. Its parent, a worker, or
+A comparison of three arms by two seeds on a tiny model, by one, two or four workers. Its parent, a worker, or
 both get SIGKILL, SIGTERM, SIGINT or SIGSTOP at a moment drawn from the whole length of such a comparison, or
 SIGKILL at a sync or rename: within a claim, a checkpoint, a record, a result, a report. The same command is
 given again at once, while orphans may still be there, or later; at last it is left to end. Then all records,
@@ -44,14 +44,15 @@ STUDY: dict[str, Any] = {
     "match": "flops",
     "loss_threshold": 3.0,
     "prompts": 1,
-    "strategies": "baseline abr fixed permuted",
+    "strategies": "baseline abr permuted",
     "seeds": "0 1",
     "checkpoint_every": "1u",
     "lora_layers": "top:1",
     "reuse": "epoch",
 }
-PAIRS = 8
-KILLS_A_COMPARISON = 6
+PAIRS = 6
+STARTS = 4  # seconds before a worker is there
+KILLS_A_COMPARISON = 8
 WRITES = {"parent": 60, "worker": 400}  # about as many syncs and renames as one of them makes
 IN_A_WRITE = 0.4  # share of lives that end at a sync or rename instead of at a moment
 # In every process that is started: one of the kind that is named dies at its so-many-th sync or rename.
@@ -107,6 +108,7 @@ class Campaign:
         if reference.wait():
             raise SystemExit((folder / "reference" / "log").read_text(encoding="utf-8"))
         self.length, self.expected = time.monotonic() - begun, outcome(folder / "reference" / "run")
+        print(f"undisturbed: {self.length:.0f} s", flush=True)
 
     @property
     def model(self) -> Path:
@@ -141,7 +143,7 @@ class Campaign:
                 dies = f"{who}:{self.random.randrange(WRITES[who])}:{marker}"
             parent = self.start(folder, workers, dies)
             if life < kills and not dies:
-                self._disturb(parent, seen)
+                self._disturb(parent, folder, seen)
             code = parent.wait()
             if dies and marker.exists():
                 self.kills[f"{who}, SIGKILL in a write"] += 1
@@ -161,9 +163,10 @@ class Campaign:
         _, outliving = psutil.wait_procs(list(seen), timeout=worker.GRACE + 10)
         self.problems += [f"worker {process.pid} outlived its parent" for process in outliving]
 
-    def _disturb(self, parent: subprocess.Popen[bytes], seen: set[psutil.Process]) -> None:
+    def _disturb(self, parent: subprocess.Popen[bytes], folder: Path, seen: set[psutil.Process]) -> None:
         """Let a process of a comparison, or all of them, get a signal after some time."""
-        time.sleep(self.random.uniform(0, self.length))
+        done = sum(map(layout.ended, (folder / "run").glob("*/seed*")))
+        time.sleep(self.random.uniform(STARTS, STARTS + (self.length - STARTS) * (1 - done / PAIRS)))
         if parent.poll() is not None:
             return
         workers = psutil.Process(parent.pid).children()

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,8 @@ def peak_memory_mb() -> float:
             line for line in _PROC_STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
         )
         return int(line.split()[1]) * 1024 / 1e6
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset / 1e6
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e6  # pyright: ignore[reportAttributeAccessIssue]
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS

@@ -347,7 +347,7 @@ class CellScores:
             return None
         share = stats.exchange(*self.exchange)
         needed = [share(one.loss("test") - two.loss("test")) for one, two in pairs]
-        spent = [_flops(one) / _flops(two) for one, two in pairs]
+        spent = [_flops(one) / (_flops(two) or math.nan) for one, two in pairs]
         return stats.speed_up(needed, spent)
 
     @property

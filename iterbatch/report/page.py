@@ -19,13 +19,14 @@ from iterbatch.records import layout
 from iterbatch.records.base_table import read_base_table
 from iterbatch.records.read import Samples, read_samples
 from iterbatch.records.result import DECODINGS, ArmResult
-from iterbatch.records.write import write_text
+from iterbatch.records.write import refuse_links, write_text
 from iterbatch.report import figures, mauve, summary
 from iterbatch.report.answers import answers, unfinished, verdict_words
 from iterbatch.report.comparison import CellScores, Comparison, cells_of, read_cells
 from iterbatch.report.scores import ArmScores, SeedScores
 from iterbatch.report.stats import Interval
 from iterbatch.report.wording import (
+    cell_text,
     interval_of,
     interval_words,
     markdown,
@@ -84,6 +85,7 @@ def write(run_dir: Path, mauve_model: Path | None = None) -> list[CellScores]:
         RunError: where there is nothing to report, or a file that is needed is damaged.
     """
     cells = read_cells(run_dir)
+    refuse_links(run_dir, leaving=[layout.TRACKING])
     left = [pair for cell in cells_of(run_dir) for pair in cell.open]
     if mauve_model is not None:
         cells = mauve.scored(cells, mauve_model)
@@ -162,7 +164,8 @@ def _row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> dict[
     worth = cell.worth(arm.name)
     baseline = cell.arm(REFERENCE)
     both = baseline is not None and arm.finished and baseline.finished
-    ratio = _flops(arm) / _flops(baseline) if both else math.nan  # pyright: ignore[reportArgumentType]
+    spent = _flops(baseline) if both and baseline is not None else 0.0
+    ratio = _flops(arm) / spent if spent else math.nan
     return {
         "arm": arm.name,
         "seeds": f"{len(arm.finished)}" + (f" (+{len(arm.failures)} failed)" if arm.failures else ""),
@@ -363,8 +366,8 @@ def _csv(cells: Iterable[CellScores]) -> str:
     columns = list(dict.fromkeys(key for line in lines for key in line))
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    writer.writerow({column: cell_text(column) for column in columns})
+    writer.writerows({column: cell_text(value) for column, value in line.items()} for line in lines)
     return buffer.getvalue()
 
 
