@@ -20,7 +20,7 @@ from typing import IO, Any
 from iterbatch.data.documents import Span
 from iterbatch.errors import DataError, first_line
 
-SECONDS = 5.0  # of its process's own time, for one conversation
+SECONDS = 3.0  # of its process's own time, for one conversation
 PATIENCE = 60.0  # seconds by the clock, however busy the machine is
 MEGABYTES = 300  # beyond what the process has before it renders
 CHARACTERS = 1 << 24  # of one conversation
@@ -80,7 +80,7 @@ class Template:
         before = self._spent()
         while True:
             try:
-                line = self._answers.get(timeout=seconds)
+                line = self._answers.get(timeout=0.25)
             except queue.Empty:
                 spent = self._spent() - before
                 if spent < seconds and time.monotonic() < end and self._process.poll() is None:

@@ -63,14 +63,14 @@ def sweep(folder: Path) -> None:
 
 
 def refuse_links(folder: Path, leaving: Collection[str] = ()) -> None:
-    """See that nothing in a folder is a link: what is written, renamed or deleted there stays there.
+    """See that nothing in a folder is a link, a pipe or a device: what is written, renamed or deleted there stays there.
 
     Args:
         folder: May itself be one; its user chose it.
         leaving: Names of folders within it that are not looked into.
 
     Raises:
-        RunError: with the link's name.
+        RunError: with its name.
     """
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -79,6 +79,8 @@ def refuse_links(folder: Path, leaving: Collection[str] = ()) -> None:
             if found.is_symlink() or (os.name == "nt" and found.resolve() != folder.resolve() / relative):
                 advice = "nothing is written through one; put what it names in its place"
                 raise RunError(f"{found} is a link, and {advice}")
+            if not (found.is_file() or found.is_dir()):
+                raise RunError(f"{found} is neither a file nor a folder; delete it")
         folders[:] = [name for name in folders if name not in leaving]
 
 

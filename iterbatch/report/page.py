@@ -84,8 +84,8 @@ def write(run_dir: Path, mauve_model: Path | None = None) -> list[CellScores]:
     Raises:
         RunError: where there is nothing to report, or a file that is needed is damaged.
     """
-    cells = read_cells(run_dir)
     refuse_links(run_dir, leaving=[layout.TRACKING])
+    cells = read_cells(run_dir)
     left = [pair for cell in cells_of(run_dir) for pair in cell.open]
     if mauve_model is not None:
         cells = mauve.scored(cells, mauve_model)

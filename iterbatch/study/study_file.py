@@ -13,7 +13,7 @@ from iterbatch.checks import settings as all_settings
 from iterbatch.config import NOT_SAVED, UNITS
 from iterbatch.errors import ConfigError, UserError, did_you_mean, first_line
 from iterbatch.flags import CompareFlags, flag_words, parse
-from iterbatch.plain_yaml import editor, key_lines, parse_yaml
+from iterbatch.plain_yaml import editor, key_lines, parse_yaml, read_text
 from iterbatch.records.write import write_text
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, own_knobs, source_of
 from iterbatch.study.pairs import Cell, Study
@@ -56,7 +56,7 @@ class _Source:
         self.problems: list[str] = []
         self.declared: list[str] = []  # variables of the environment that it may use
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = read_text(path)
             self.content = parse_yaml(text, duplicates=True)
         except OSError as problem:
             raise ConfigError(f"the study {path} cannot be read: {problem.strerror}") from problem
