@@ -63,7 +63,7 @@ def sweep(folder: Path) -> None:
 
 
 def refuse_links(folder: Path, leaving: Collection[str] = ()) -> None:
-    """See that nothing in a folder is a link, a pipe or a device: what is written, renamed or deleted there stays there.
+    """See that a folder holds no link, pipe or device: what is written or deleted there stays there.
 
     Args:
         folder: May itself be one; its user chose it.
