@@ -327,7 +327,7 @@ def _split(axes: Axes, cell: CellScores) -> bool:
         axes.barh(places, width, left=left, height=0.6, color=colour, label=label)
         left += width
     _plain_x(axes)
-    axes.set(xlabel="FLOPs a run", xlim=(0, left.max() * 1.02 if len(left) else 1))
+    axes.set(xlabel="FLOPs a run", xlim=(0, max(left, default=0.0) * 1.02 or 1))
     _legend(axes, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return bool(arms)
 
