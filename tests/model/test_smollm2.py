@@ -112,9 +112,8 @@ def test_the_base_s_perplexity_is_that_of_independent_code(flags, smollm2):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = flags["max_eval_tokens"] - seen
         seen += len(ids)
-        ids = (
-            ids[:room] if len(ids) > room + flags["max_eval_tokens"] / 10 else [*ids, tokenizer.eos_token_id]
-        )
+        whole = len(ids) <= room + flags["max_eval_tokens"] / 10
+        ids = [*ids, tokenizer.eos_token_id] if whole else ids[:room]
         sequence = [tokenizer.bos_token_id or tokenizer.eos_token_id, *ids]
         for start in range(0, len(ids), length):
             end = min(start + length, len(ids))
