@@ -36,11 +36,12 @@ from iterbatch.bench.prepare import Prepared, make_stream, prepare
 from iterbatch.checks import make_config
 from iterbatch.config import BenchConfig
 from iterbatch.evaluation.perplexity import score
+from iterbatch.model.base import PRECISION
 from iterbatch.model.compiled import compiled
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
-from iterbatch.model.load import PRECISION, load_model
 from iterbatch.model.lora import reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.reuse.prefetch import Prefetch
 from iterbatch.reuse.run_stores import open_reuse
 from iterbatch.runtime.processes import make_accelerator
@@ -164,7 +165,7 @@ def part_trainer(data: Path, rounds: int) -> None:
             }
             per_pass = trainer(
                 theirs.model,
-                theirs.prepared.blocks,
+                theirs.prepared.blocks.ids,
                 batches,
                 scratch,
                 warm=0,

@@ -21,13 +21,15 @@ from torch.nn import functional
 
 from iterbatch.checks import make_config
 from iterbatch.config import BenchConfig
+from iterbatch.data.blocks import Blocks, prepare_blocks
 from iterbatch.data.corpus import read_corpus
-from iterbatch.data.data_loader import BatchStream, prepare_blocks
+from iterbatch.data.data_loader import BatchStream
+from iterbatch.model.base import PRECISION, load_base
 from iterbatch.model.compiled import compiled
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
-from iterbatch.model.load import PRECISION, load_base, load_model
 from iterbatch.model.lora import adapter_parameters, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy import BaseTrainingStrategy
@@ -42,9 +44,7 @@ BATCH, LENGTH, LR, WARM = 4, 256, 5e-3, 2
 COLD_STARTS: list[float] = []
 
 
-def ours(
-    model, flops, blocks: np.ndarray, accelerator, strategy: BaseTrainingStrategy, batches: int
-) -> float:
+def ours(model, flops, blocks: Blocks, accelerator, strategy: BaseTrainingStrategy, batches: int) -> float:
     """Seconds a batch of this project's loop."""
     reset_adapter(model, seed=0)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, LR, 0.0))
@@ -58,7 +58,7 @@ def ours(
     return sum(seconds[WARM:]) / batches
 
 
-def ours_compiled(model, flops, blocks: np.ndarray, accelerator, batches: int) -> float:
+def ours_compiled(model, flops, blocks: Blocks, accelerator, batches: int) -> float:
     """The same for the baseline with --compile.
 
     Entered anew each turn, because it holds for the whole process, and after the first turn quick.
@@ -68,7 +68,7 @@ def ours_compiled(model, flops, blocks: np.ndarray, accelerator, batches: int) -
         return ours(model, flops, blocks, accelerator, BaselineStrategy(), batches)
 
 
-def bare_loop(model, blocks: np.ndarray, passes: int) -> float:
+def bare_loop(model, blocks: Blocks, passes: int) -> float:
     """Seconds a pass of the shortest loop one would write, with the same weights, autocast, optimizer."""
     reset_adapter(model, seed=0)
     parameters = list(adapter_parameters(model).values())
@@ -172,11 +172,11 @@ def main() -> None:
         "iterbatch baseline": lambda: ours(mine, flops, blocks, accelerator, BaselineStrategy(), n),
         "iterbatch baseline, --compile": lambda: ours_compiled(fast, flops, blocks, accelerator, n),
         "bare PyTorch loop": lambda: bare_loop(bare, blocks, n),
-        "Trainer, best settings": lambda: trainer(best_model, blocks, n, arguments.scratch, **best),
+        "Trainer, best settings": lambda: trainer(best_model, blocks.ids, n, arguments.scratch, **best),
         "Trainer, best settings and torch_compile": lambda: trainer(
-            compiled_model, blocks, n, arguments.scratch, **best, torch_compile=True
+            compiled_model, blocks.ids, n, arguments.scratch, **best, torch_compile=True
         ),
-        "Trainer, defaults": lambda: trainer(default_model, blocks, n, arguments.scratch, **defaults),
+        "Trainer, defaults": lambda: trainer(default_model, blocks.ids, n, arguments.scratch, **defaults),
         f"iterbatch abr, {r} passes a batch": lambda: (
             ours(mine, flops, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r
         ),

@@ -11,10 +11,12 @@ case that fails is shrunk and printed.
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -36,13 +38,14 @@ from iterbatch.checks import settings
 from iterbatch.cli.main import main as iterbatch_main
 from iterbatch.plain_yaml import parse_yaml
 
-LIMIT_S = 10
+LIMIT_S, PATIENCE_S = 10, 60  # of the process's own time; by the clock, however busy the machine is
 SHARES = {
     "study": 0.1,
     "report": 0.05,
     "flags": 0.25,
     "yaml": 0.25,
-    "data": 0.2,
+    "data": 0.15,
+    "rows": 0.05,
     "model": 0.11,
     "run": 0.04,
 }  # of the cases
@@ -80,38 +83,48 @@ plain_yaml = st.recursive(
     ),
     max_leaves=12,
 )
+plain_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+said = st.one_of(
+    st.text(max_size=40), st.sampled_from(["fine words", "</s>", "<s>", "\U00100000"]), plain_json
+)
+turn = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "speaker", "text", "tool_calls", "x"]),
+    st.one_of(said, st.sampled_from(["user", "assistant", "system", "human", "gpt"])),
+    max_size=4,
+)
+good_turns = st.lists(st.text(max_size=20), min_size=1, max_size=3).map(
+    lambda words: [{"role": role, "content": word} for word in words for role in ("user", "assistant")]
+)
+turns = st.one_of(st.lists(turn, max_size=3), good_turns, plain_json)
 rows = st.one_of(
+    st.fixed_dictionaries({"text": said}),
+    st.fixed_dictionaries({"turns": turns}),
+    st.fixed_dictionaries({"messages": turns}, optional={"tools": plain_json}),
+    st.fixed_dictionaries({"conversations": turns}),
+    st.fixed_dictionaries({"dialogue": st.lists(said, max_size=3), "speakers": st.lists(said, max_size=3)}),
+    st.fixed_dictionaries({"instruction": said, "output": said}, optional={"input": said, "system": said}),
     st.fixed_dictionaries(
-        {"text": st.one_of(st.text(max_size=200), st.none(), st.integers(), st.lists(st.text(max_size=5)))}
+        {"prompt": st.one_of(said, turns)}, optional={"completion": said, "response": said}
     ),
-    st.fixed_dictionaries(
-        {
-            "turns": st.one_of(
-                st.none(),
-                st.text(),
-                st.lists(st.dictionaries(st.sampled_from(["speaker", "text", "x"]), st.text())),
-            )
-        }
-    ),
-    st.fixed_dictionaries(
-        {
-            "messages": st.lists(
-                st.dictionaries(st.sampled_from(["role", "content"]), st.one_of(st.text(), st.none()))
-            )
-        }
-    ),
-    st.fixed_dictionaries({"dialogue": st.lists(st.text()), "speakers": st.lists(st.text())}),
     st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
-    st.integers(),
-    st.lists(st.integers(), max_size=3),
+    plain_json,
 )
 json_lines = st.lists(rows, max_size=30).map(
     lambda found: "\n".join(json.dumps(row) for row in found).encode("utf-8", "surrogatepass")
 )
+json_array = st.lists(rows, max_size=30).map(lambda found: json.dumps(found).encode("utf-8", "surrogatepass"))
 contents = st.one_of(
     st.binary(max_size=400),
     st.text(max_size=2000).map(lambda text: text.encode("utf-8", "surrogatepass")),
     json_lines,
+    json_array,
+    json_lines.map(gzip.compress),
+    json_lines.map(lambda content: gzip.compress(content)[:-5]),
+    json_lines.map(lambda content: content.decode("utf-8", "replace").encode("utf-16")),
     st.sampled_from(
         [
             b"",
@@ -142,7 +155,7 @@ def to_yaml(value: Any) -> str:
 
 
 class Alarm(BaseException):
-    """Ten seconds are over."""
+    """Its time is over."""
 
 
 def _ring(signum: int, frame: FrameType | None) -> None:
@@ -156,8 +169,9 @@ def attempt(arguments: list[str]) -> tuple[int, str]:
         AssertionError: for a traceback, another exit code, silence, or more than ten seconds.
     """
     said = io.StringIO()
-    before = signal.signal(signal.SIGALRM, _ring)
-    signal.alarm(LIMIT_S)
+    before = {signum: signal.signal(signum, _ring) for signum in (signal.SIGALRM, signal.SIGPROF)}
+    signal.alarm(PATIENCE_S)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = iterbatch_main(arguments)
@@ -167,7 +181,9 @@ def attempt(arguments: list[str]) -> tuple[int, str]:
         raise AssertionError(f"more than {LIMIT_S} s: {arguments}") from None
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     text = said.getvalue()
     assert code in (0, 2), f"exit code {code}: {arguments}\n{text[-2000:]}"
     assert "Traceback" not in text, f"{arguments}\n{text[-2000:]}"
@@ -226,6 +242,11 @@ class Ground:
         assert attempt(["train", *small, "--run_name", "done"])[0] == 0
         self.cut_off(small)
         self.before = digest(self.runs)
+
+    def plan(self, text: Path) -> list[str]:
+        """A command that reads a text and trains nothing."""
+        where = ["--data_dir", str(text), "--save_dir", str(self.runs)]
+        return ["train", *self.base, *where, "--max_train_tokens", "4000", "--dry_run"]
 
     def cut_off(self, flags: list[str]) -> None:
         """Leave a run with two checkpoints."""
@@ -335,34 +356,52 @@ def yaml_case(ground: Ground) -> Callable[[], None]:
 
 def data_case(ground: Ground) -> Callable[[], None]:
     """Files of text in every format, whole and broken, alone and as splits."""
+    endings = ["txt", "md", "tokens", "jsonl", "json", "csv", "tsv", "parquet", "gz", "jsonl.gz", "json.zst"]
     names = st.lists(
         st.tuples(
-            st.sampled_from(["train", "valid", "test", "x"]),
-            st.sampled_from(["txt", "tokens", "jsonl", "csv", "parquet", "gz"]),
+            st.sampled_from(["train", "valid", "test", "x", "TEST", ".hidden", "heldout", "README"]),
+            st.sampled_from([*endings, "JSONL"]),
         ),
         max_size=3,
     )
+    flags = st.dictionaries(
+        st.sampled_from(["text_field", "encoding", "loss_on", "special_tokens_in_text"]),
+        st.one_of(
+            odd_text.filter(lambda text: "\0" not in text),
+            st.sampled_from(["text", "content", "gbk", "utf-16", "all", "assistant", "completion", "keep"]),
+        ),
+        max_size=2,
+    )
 
-    @given(names, st.lists(contents, min_size=3, max_size=3), st.booleans())
-    def case(files: list[tuple[str, str]], found: list[bytes], alone: bool) -> None:
+    @given(names, st.lists(contents, min_size=3, max_size=3), st.booleans(), flags)
+    def case(files: list[tuple[str, str]], found: list[bytes], alone: bool, given: dict[str, str]) -> None:
         with ground.scratch() as folder:
             paths = [folder / f"{name}.{ending}" for name, ending in files]
             for path, content in zip(paths, found, strict=False):
                 path.write_bytes(content)
             target = paths[0] if alone and paths else folder
-            attempt(
-                [
-                    "train",
-                    *ground.base,
-                    "--data_dir",
-                    str(target),
-                    "--max_train_tokens",
-                    "4000",
-                    "--save_dir",
-                    str(ground.runs),
-                    "--dry_run",
-                ]
-            )
+            attempt([*ground.plan(target), *(f"--{name}={value}" for name, value in given.items())])
+
+    return case
+
+
+def rows_case(ground: Ground) -> Callable[[], None]:
+    """Rows among good ones: each becomes a document, is counted among those left out, or is refused."""
+
+    @given(st.lists(rows.filter(lambda row: isinstance(row, dict)), max_size=8), st.booleans())
+    def case(found: list[dict[str, Any]], array: bool) -> None:
+        table = [*found, *({"text": f"A good document, number {n}."} for n in range(30))]
+        content = json.dumps(table) if array else "\n".join(map(json.dumps, table))
+        with ground.scratch() as folder:
+            file = folder / ("rows.json" if array else "rows.jsonl")
+            file.write_text(content, encoding="utf-8")
+            code, text = attempt(ground.plan(file))
+            if code == 0:
+                words = " ".join(text.split())
+                held_out = sum(int(part) for part in re.findall(r"split: (\d+) of", words))
+                kept = int(re.findall(r"training text . (\d+) documents", words)[0]) + held_out
+                left = sum(int(part) for part in re.findall(r"(\d+) of \d+ rows have no text", words))
+                assert kept + left == len(table), f"{kept} kept and {left} left out of {len(table)}"
 
     return case
 
@@ -561,6 +600,7 @@ KINDS = {
     "flags": flags_case,
     "yaml": yaml_case,
     "data": data_case,
+    "rows": rows_case,
     "model": model_case,
     "run": run_case,
 }

@@ -77,7 +77,7 @@ def text(folder: Path, size: int = GIGABYTE) -> bool:
     del copy
     begun = time.monotonic()
     prepared = prepare(make_config(data_dir=file, log_with=["none"]))
-    tokens = prepared.blocks.size + sum(each.tokens for each in prepared.texts.values())
+    tokens = prepared.blocks.ids.size + sum(each.tokens for each in prepared.texts.values())
     peak = peak_memory_mb()
     print(
         f"{file.stat().st_size / 1e9:.2f} GB, {tokens:,} tokens in {time.monotonic() - begun:.0f} s, peak "

@@ -1,6 +1,11 @@
 """IterBatch decides how many times each batch deserves to be trained, and proves whether that paid."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Threads of OpenMP that wait by spinning make everything many times slower beside other work, and are read
+# when PyTorch is loaded (docs/performance.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 __all__ = ["STRATEGIES", "BaseTrainingStrategy", "UserError", "make_config", "run"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from iterbatch.config import BenchConfig, Every, StrategyConfig, range_problems
+from iterbatch.config import INITS, BenchConfig, Every, StrategyConfig, range_problems
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.records.scheduler import read_schedulers
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, source_of
@@ -70,7 +70,8 @@ def check(config: BenchConfig) -> None:
     """
     groups = (config.model, config.data, config.training, config.speed, config.run)
     problems = [problem for group in groups for problem in range_problems(group)]
-    problems += [*_strategy_problems(config), *_budget_problems(config), *_run_problems(config)]
+    problems += [*_strategy_problems(config), *_budget_problems(config)]
+    problems += [*_adapter_problems(config), *_text_problems(config), *_run_problems(config)]
     if not re.fullmatch(LAYERS, config.model.lora_layers):
         given = config.model.lora_layers
         problems.append(
@@ -172,6 +173,34 @@ def _budget_problems(config: BenchConfig) -> list[str]:
             f"{config.max_length}"
         )
     return problems
+
+
+def _adapter_problems(config: BenchConfig) -> list[str]:
+    """Kinds of adapters with which the numbers of this experiment would not hold."""
+    problems, given = [], config.model.init_lora
+    if given not in INITS:
+        problems.append(
+            f"--init_lora is '{given}'; choose default or gaussian. PiSSA, OLoRA, EVA, CorDA and LoftQ "
+            "change the frozen weights, which all arms share, and whose activations are kept"
+        )
+    if config.model.dora:
+        problems.append(
+            "--dora cannot be used: DoRA computes the norms of all adapted weights anew in every pass, which "
+            "the FLOP model does not count, so arms would not get the same budget; leave it out, or try "
+            "--rslora"
+        )
+    return problems
+
+
+def _text_problems(config: BenchConfig) -> list[str]:
+    data = config.data
+    try:
+        "".encode(data.encoding)
+    except (LookupError, ValueError):
+        known = ("utf-8", "utf-16", "gbk", "gb18030", "big5", "shift_jis", "euc-kr", "latin-1", "cp1252")
+        near = did_you_mean(data.encoding, known)
+        return [f"--encoding is '{data.encoding}', which is none; such as {', '.join(known)}{near}"]
+    return []
 
 
 def _run_problems(config: BenchConfig) -> list[str]:

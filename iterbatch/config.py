@@ -24,6 +24,7 @@ BUNDLED = "bundled"
 DEFAULT_LENGTH = 512  # tokens a block
 ASSETS = Path(__file__).parent / "assets" / "base"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian"}  # of adapters, as PEFT names them
 AUTO, NONE = "auto", "none"  # of the trackers: tensorboard where it is installed; none at all
 TRACKERS = (
     AUTO,
@@ -43,6 +44,7 @@ LAST = Path("last")  # what --resume without a folder stands for
 NOT_SAVED = ("config", "run_name", "resume", "overwrite", "dry_run", "trust_remote_code")
 
 Match = Literal["epochs", "flops", "updates", "tokens", "seconds"]
+LossOn = Literal["all", "assistant", "completion"]
 UNITS: tuple[str, ...] = get_args(Match)  # that a budget is counted in
 
 
@@ -198,8 +200,8 @@ class ModelConfig:
     model_name: Annotated[
         str,
         Knob(
-            "Hub name, local folder in Hugging Face format, or 'bundled' for the small LLaMA that comes with "
-            "the package."
+            "Hub name, local folder in Hugging Face format, GGUF file, or 'bundled' for the small LLaMA that "
+            "comes with the package."
         ),
     ] = BUNDLED
     dtype: Annotated[
@@ -214,6 +216,10 @@ class ModelConfig:
         Literal["8bit", "4bit"] | None,
         Knob('Quantise the frozen weights through bitsandbytes (pip install "iterbatch[quant]").'),
     ] = None
+    quant_type: Annotated[
+        Literal["nf4", "fp4"],
+        Knob("Of --load_in 4bit, whose scales are quantised too (double quantisation)."),
+    ] = "nf4"
     gradient_checkpointing: Annotated[
         bool,
         Knob(
@@ -227,6 +233,13 @@ class ModelConfig:
     ] = False
     lora_rank: Annotated[int, Knob("Rank of the adapter matrices", at_least=1)] = 8
     lora_alpha: Annotated[float, Knob("Adapter scale is alpha / rank", above=0)] = 16.0
+    rslora: Annotated[bool, Knob("Scale by alpha / sqrt(rank) instead, as rank-stabilised LoRA does.")] = (
+        False
+    )
+    init_lora: Annotated[
+        str, Knob("How the adapters begin, default or gaussian; both add nothing at first.")
+    ] = "default"
+    dora: Annotated[bool, Knob("Refused: what DoRA costs is not in the FLOP model.")] = False
     lora_dropout: Annotated[float, Knob("Dropout in front of the adapters", at_least=0, below=1)] = 0.0
     lora_layers: Annotated[
         str,
@@ -258,11 +271,29 @@ class DataConfig:
     data_dir: Annotated[
         Path | None,
         Knob(
-            "Read a local file or folder instead of the hub: .txt, .tokens/.raw (WikiText form), .jsonl, "
-            ".csv, "
-            ".parquet."
+            "Read a local file or folder instead of the hub: .txt, .md, .tokens/.raw (WikiText form), "
+            ".jsonl, .json, .csv, .tsv, .parquet, each also as .gz or .zst."
         ),
     ] = None
+    text_field: Annotated[
+        str | None,
+        Knob(
+            "The field of a row that holds its text. Default: the first form that a row has (text, turns, "
+            "dialogue, messages, conversations, instruction, prompt)"
+        ),
+    ] = None
+    encoding: Annotated[str, Knob("Of local text files, for example gbk or utf-16.")] = "utf-8"
+    loss_on: Annotated[
+        LossOn | None,
+        Knob(
+            "Which tokens are trained and scored: all, what the assistant says, or what completes a prompt. "
+            "Default: all of texts and dialogue, assistant for chat, completion for prompts and instructions"
+        ),
+    ] = None
+    special_tokens_in_text: Annotated[
+        Literal["literal", "keep"],
+        Knob("What the words of a special token in a text are, such as </s>: only text, or that token."),
+    ] = "literal"
     max_length: Annotated[
         int | None,
         Knob(

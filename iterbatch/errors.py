@@ -5,6 +5,9 @@ message alone and exits with code 2; a library caller catches :class:`UserError`
 """
 
 import difflib
+import os
+import shlex
+import subprocess
 from collections.abc import Iterable
 
 
@@ -32,6 +35,12 @@ def first_line(problem: BaseException, limit: int = 240) -> str:
     """The first line of what an error says, or its class where it says nothing."""
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     return lines[0][:limit].rstrip(".")
+
+
+def typed(*words: object) -> str:
+    """Words of a command as the user's shell takes them, paths with spaces quoted."""
+    given = list(map(str, words))
+    return subprocess.list2cmdline(given) if os.name == "nt" else shlex.join(given)
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

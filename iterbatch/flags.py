@@ -1,7 +1,7 @@
 """Words of a command line, or of a YAML file, to a checked configuration."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -137,10 +137,11 @@ def parse_config(words: Sequence[str]) -> BenchConfig:
     file, run_dir = flags.run.config, None
     if flags.run.resume is not None:
         run_dir = resume_folder(flags.run.resume, flags.run.save_dir, flags.run.run_name)
-        read_config(run_dir)
-        file = file or run_dir / CONFIG
-    if file is not None:
-        default = parse(TrainFlags, file_words(file), command="train")
+    saved = file_words(file) if file is not None else []
+    if file is None and run_dir is not None:
+        saved = settings_words(read_config(run_dir), run_dir / CONFIG)
+    if saved:
+        default = parse(TrainFlags, saved, command="train")
         flags = parse(TrainFlags, words, command="train", default=default)
     if run_dir is not None:
         where = {"save_dir": run_dir.parent, "run_name": run_dir.name, "resume": run_dir}
@@ -164,6 +165,15 @@ def file_words(path: Path) -> list[str]:
         raise ConfigError(f"--config {path} is not valid YAML: {first_line(problem)}") from problem
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} holds a {type(content).__name__}; write one 'flag: value' a line")
+    return settings_words(content, path)
+
+
+def settings_words(content: Mapping[str, Any], path: Path) -> list[str]:
+    """What a YAML file holds as flags.
+
+    Raises:
+        ConfigError: where it sets what it may not.
+    """
     known = settings()
     if "trust_remote_code" in content:
         raise ConfigError(

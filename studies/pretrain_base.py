@@ -23,8 +23,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from iterbatch.data.blocks import prepare_blocks
 from iterbatch.data.corpus import read_corpus
-from iterbatch.data.data_loader import prepare_blocks
 from iterbatch.data.documents import Document
 from iterbatch.data.windows import collate, prepare_eval
 
@@ -142,7 +142,7 @@ def pretrain(data: Path, work: Path, minutes: float) -> None:
     train, heldback, validation = split_documents(data)
     write_heldback(heldback, work / "heldback")
     tokenizer = train_tokenizer(train, work / "tokenizer")
-    blocks = prepare_blocks(train, tokenizer, CONTEXT, data_key="pretrain-base")
+    blocks = prepare_blocks(train, tokenizer, CONTEXT, data_key="pretrain-base").ids
     texts = {
         name: prepare_eval(documents, tokenizer, CONTEXT, 40_000) for name, documents in validation.items()
     }

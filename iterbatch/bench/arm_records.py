@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iterbatch.bench.listener import Listener
+from iterbatch.bench.tracking import Tracking
 from iterbatch.evaluation.perplexity import Score
 from iterbatch.records import layout
 from iterbatch.records.record import BatchRecord, EvalRecord, RecordWriter
@@ -20,16 +22,22 @@ class ArmRecords:
 
     Args:
         folder: Of the arm and seed.
-        label: As trackers and messages name the arm.
         ledger: Of the arm; an evaluation says what had been spent.
-        accelerator: Has the trackers.
+        accelerator: Says which process this is.
         listener: Shows what happens.
+        open_tracking: Makes the arm's trackers.
     """
 
     def __init__(
-        self, folder: Path, label: str, ledger: Ledger, accelerator: Accelerator, listener: Listener
+        self,
+        folder: Path,
+        ledger: Ledger,
+        accelerator: Accelerator,
+        listener: Listener,
+        open_tracking: Callable[[], Tracking],
     ) -> None:
-        self._label, self._ledger, self._accelerator, self._listener = label, ledger, accelerator, listener
+        self._ledger, self._listener = ledger, listener
+        self._tracking = open_tracking() if accelerator.is_main_process else None
         self.writers: dict[str, RecordWriter] = {}
         if accelerator.is_main_process:
             self.writers["batches"] = RecordWriter(folder / layout.BATCHES)
@@ -40,14 +48,19 @@ class ArmRecords:
         if "batches" in self.writers:
             self.writers["batches"].write(record)
         self._listener.batch_done(record, allowance.fraction(self._ledger))
-        values = {
-            "initial_loss": record.initial_loss,
-            "repeats": record.repeats_done,
-            "learning_rate": record.learning_rate,
-            "gradient_norm": record.gradient_norm,
-            "flops": self._ledger.flops,
-        }
-        self._track(values, record.batch)
+        if self._tracking is not None:
+            self._tracking.batch(
+                {
+                    "initial_loss": record.initial_loss,
+                    **{f"loss_before_pass_{n}": loss for n, loss in enumerate(record.losses, 1) if n > 1},
+                    "passes": record.repeats_done,
+                    "learning_rate": record.learning_rate,
+                    "gradient_norm": record.gradient_norm,
+                    "flops": self._ledger.flops,
+                    "train_seconds": self._ledger.train_seconds,
+                },
+                record.batch + 1,
+            )
 
     def evaluation(self, score: Score, split: str, fraction: float) -> None:
         """A split has been scored, at a fraction of the budget."""
@@ -72,12 +85,10 @@ class ArmRecords:
         if "evals" in self.writers:
             self.writers["evals"].write(record)
         self._listener.evaluated(record)
-        self._track({f"{split}_ppl": record.ppl}, record.batches)
-
-    def _track(self, values: dict[str, float], position: int) -> None:
-        if self._accelerator.trackers:
-            named = {f"{self._label}/{name}": value for name, value in values.items()}
-            self._accelerator.log(named, step=position)
+        if self._tracking is not None:
+            values = {f"{split}_ppl": record.ppl, f"{split}_bits_per_byte": record.bits_per_byte}
+            spent = {"flops": record.flops, "train_seconds": record.train_seconds}
+            self._tracking.evaluation(values | spent, record.batches)
 
     def sync(self) -> None:
         """Have everything written so far on the disk itself."""
@@ -85,6 +96,8 @@ class ArmRecords:
             writer.sync()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and end the tracking."""
+        if self._tracking is not None:
+            self._tracking.close()
         for writer in self.writers.values():
             writer.close()

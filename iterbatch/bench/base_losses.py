@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iterbatch.data.windows import EvalText, Window
+from iterbatch.data.blocks import Blocks
+from iterbatch.data.windows import block_text
 from iterbatch.evaluation.perplexity import score
 from iterbatch.model.flops import flop_model
 from iterbatch.model.lora import blank_adapter, copy_adapter, set_adapter
@@ -30,7 +31,7 @@ class BaseLosses:
 
     Args:
         folder: Of the cell.
-        blocks: (blocks, length) of the training text.
+        blocks: The training text.
         model: With its adapter, which is put back.
         cut: The same model, not distributed.
         accelerator: Of the run.
@@ -40,7 +41,7 @@ class BaseLosses:
     def __init__(
         self,
         folder: Path,
-        blocks: np.ndarray,
+        blocks: Blocks,
         model: PeftModel,
         cut: CutModel,
         accelerator: Accelerator,
@@ -60,16 +61,10 @@ class BaseLosses:
         return np.array(known.nats)
 
     def _computed(self) -> BaseTable:
-        start, model, rows = time.perf_counter(), self._model, self._blocks
+        start, model, blocks = time.perf_counter(), self._model, self._blocks
         current = copy_adapter(model)
         set_adapter(model, blank_adapter(model))
-        tokens = [len(row) - 1 for row in rows]
-        windows = [
-            Window(row[:-1].astype(np.int32), row[1:].astype(np.int32), len(row) - 1, document=place)
-            for place, row in enumerate(rows)
-        ]
-        text = EvalText(windows, 0, 0, sum(tokens), tokens)
-        found = score(self._cut, text, self._accelerator, batch_size=self._batch_size)
+        found = score(self._cut, block_text(blocks), self._accelerator, batch_size=self._batch_size)
         set_adapter(model, current)
-        flops = flop_model(model).forward([(len(rows), rows.shape[1])])
+        flops = flop_model(model).forward([(len(blocks), blocks.length)])
         return BaseTable(found.document_nats, flops, time.perf_counter() - start)

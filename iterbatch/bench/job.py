@@ -8,7 +8,9 @@ from typing import Any
 
 from iterbatch.bench.arm import Arm
 from iterbatch.bench.listener import Listener
+from iterbatch.bench.prepare import trackers
 from iterbatch.bench.shared import Shared
+from iterbatch.bench.tracking import Tracking
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import RunError
 from iterbatch.records import layout
@@ -35,6 +37,12 @@ class Job:
     def label(self) -> str:
         """As trackers and messages name it."""
         return f"{self.arm.name}/seed{self.seed}"
+
+    def tracking(self) -> Tracking:
+        """Trackers of its own."""
+        config = self.arm.config
+        run_dir = self.folder.parent.parent
+        return Tracking(trackers(config.run.log_with), run_dir, self.label, config.flat())
 
     def allowance(self) -> Allowance:
         """What the arm may spend, in the unit that all arms share.

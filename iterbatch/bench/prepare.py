@@ -5,26 +5,30 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iterbatch.config import AUTO, NONE, BenchConfig
+from iterbatch.config import AUTO, NONE, BenchConfig, LossOn
 from iterbatch.data import hub
-from iterbatch.data.corpus import NAMED, Corpus, read_corpus, unreachable_dataset
-from iterbatch.data.data_loader import BatchStream, prepare_blocks, set_aside
-from iterbatch.data.forms import ChatTemplate
+from iterbatch.data.blocks import Blocks, prepare_blocks
+from iterbatch.data.chat import Writer
+from iterbatch.data.corpus import NAMED, Corpus, Reading, read_corpus, unreachable_dataset
+from iterbatch.data.data_loader import BatchStream, set_aside
 from iterbatch.data.windows import EvalText, prepare_eval
 from iterbatch.errors import ConfigError, UserError
+from iterbatch.model.base import ADAPTER, Base, base_digests, load_base
 from iterbatch.model.flops import flop_model, memory_estimate_mb
-from iterbatch.model.load import Base, load_base, load_model
 from iterbatch.model.lora import adapted_layers
+from iterbatch.model.weights import load_model
+from iterbatch.records.origin import Origin
+from iterbatch.records.scored import Scored
 from iterbatch.reuse.run_stores import Texts
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,28 @@ class Prepared:
     config: BenchConfig
     base: Base
     corpus: Corpus
-    blocks: np.ndarray  # (blocks, length) token ids, memory-mapped
+    blocks: Blocks  # of the training text
     aside: np.ndarray  # which of them are probe text, never trained on
     texts: dict[str, EvalText]  # validation and test
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Digests of all that training starts from."""
+        return Origin(self.corpus.digests(), *base_digests(self.base))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the reader must be told of the text."""
+        source = self.corpus.source
+        notes = [note if note.startswith(str(source)) else f"{source}: {note}" for note in self.corpus.notes]
+        if (Path(self.base.path) / ADAPTER).is_file():
+            notes.append(f"{self.base.path}: an adapter lies beside the base; it is not used")
+        for split, text in self.texts.items():
+            if text.cut:
+                notes.append(f"{source}: the last document of {split} is cut at --max_eval_tokens")
+            if (caution := text.counts.caution(split)) is not None:
+                notes.append(f"{source}: {caution}")
+        return notes
 
     @property
     def trained_blocks(self) -> int:
@@ -54,7 +77,7 @@ class Prepared:
         """The texts as their activations are kept."""
         config, windows = self.config, {split: text.windows for split, text in self.texts.items()}
         items: dict[str, Any] = {split: [each.input_ids for each in of] for split, of in windows.items()}
-        items["train"] = self.blocks
+        items["train"] = self.blocks.ids
         named = config.data.data_dir is None
         titles = {split: f"{config.data.dataset}, {split}" if named else split for split in items}
         return Texts(items, Path(config.model.model_name).name, titles, self.base.dtype)
@@ -76,9 +99,10 @@ def prepare(config: BenchConfig) -> Prepared:
     if problems or base is None:
         raise ConfigError("\n".join(problems))
     tokenizer, data = base.tokenizer, config.data
-    template = _chat_template(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    writer = Writer(tokenizer, data.loss_on, keep_special=data.special_tokens_in_text == "keep")
+    reading = Reading(writer, data.encoding, data.text_field)
     corpus = read_corpus(
-        data.dataset, dataset_config=data.dataset_config, data_dir=data.data_dir, chat_template=template
+        data.dataset, dataset_config=data.dataset_config, data_dir=data.data_dir, reading=reading
     )
     length, key = config.max_length, corpus.digest()
     blocks = prepare_blocks(corpus.splits["train"], tokenizer, length, data.max_train_tokens, data_key=key)
@@ -93,10 +117,6 @@ def prepare(config: BenchConfig) -> Prepared:
             base.config.hidden_size, config.speed
         )  # says whether the limit has room for a block
     return prepared
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
 def trackers(names: Sequence[str]) -> list[str]:
@@ -137,7 +157,10 @@ class Plan:
     last_pass_flops: float  # the least its last pass may cost
     blocks: int
     max_length: int
-    eval_tokens: dict[str, int]
+    documents: int  # of the training text
+    loss_on: dict[LossOn, int]  # documents, of all splits, by what the loss is on
+    scored: dict[str, Scored]
+    without_loss: dict[str, int]  # tokens of the scored documents that the loss is not on
     trainable_parameters: int
     parameters: int
     memory_mb: float
@@ -160,7 +183,7 @@ def make_plan(prepared: Prepared, model: PeftModel, processes: int = 1, stored_b
         prepared.trained_blocks,
         config.training.epochs,
     )
-    tokens = blocks * (config.max_length - 1)
+    tokens = int(np.delete(prepared.blocks.label_tokens(), prepared.aside).sum())
     epoch_flops = flops.fresh([(blocks, config.max_length)])
     saved = flops.prefix.of([(min(stored_blocks, blocks), config.max_length)])
     last_shape = [((blocks - 1) % stream.batch_rows + 1, config.max_length)]
@@ -172,7 +195,12 @@ def make_plan(prepared: Prepared, model: PeftModel, processes: int = 1, stored_b
         last_pass_flops=flops.repeat(last_shape) if stored_blocks and epochs > 1 else flops.fresh(last_shape),
         blocks=blocks,
         max_length=config.max_length,
-        eval_tokens={split: text.tokens for split, text in prepared.texts.items()},
+        documents=prepared.corpus.splits["train"].documents,
+        loss_on=dict(prepared.corpus.loss_on),
+        scored={split: text.counts for split, text in prepared.texts.items()},
+        without_loss={
+            split: text.all_tokens + text.documents - text.tokens for split, text in prepared.texts.items()
+        },
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         parameters=sum(p.numel() for p in model.parameters()),
         memory_mb=memory_estimate_mb(model, config.training.batch_size, config.max_length),

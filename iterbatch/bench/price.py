@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iterbatch.config import BenchConfig
+from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ConfigError
+from iterbatch.model.base import PRECISION, load_base
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
-from iterbatch.model.load import PRECISION, load_base, load_weights
 from iterbatch.model.lora import adapted_layers, attach_adapter
+from iterbatch.model.weights import load_weights
 from iterbatch.records.machine import peak_memory_mb, reset_peak_memory
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.runtime.processes import make_accelerator
@@ -182,7 +184,8 @@ def _random_batches(config: BenchConfig, vocabulary: int) -> BatchStream:
     tokens = torch.randint(
         0, vocabulary, (4 * rows, config.max_length), generator=torch.Generator().manual_seed(0)
     )
-    return BatchStream(tokens.numpy(), config.training.batch_size, config.training.grad_accum, seed=0)
+    blocks, training = Blocks.of(tokens.numpy()), config.training
+    return BatchStream(blocks, training.batch_size, training.grad_accum, seed=0)
 
 
 def as_json(measured: list[Placement], config: BenchConfig) -> dict[str, Any]:

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from iterbatch.bench.base_losses import BaseLosses
 from iterbatch.bench.listener import Listener
-from iterbatch.bench.prepare import Plan, Prepared, make_plan, trackers
-from iterbatch.data.data_loader import order_digest, tokenizer_digest
+from iterbatch.bench.prepare import Plan, Prepared, make_plan
+from iterbatch.data.data_loader import order_digest
 from iterbatch.errors import RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
 from iterbatch.evaluation.perplexity import Score, score
+from iterbatch.model.base import PRECISION
 from iterbatch.model.compiled import Compiled, compiled
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import PRECISION, load_model
 from iterbatch.model.lora import reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.records import layout
 from iterbatch.records.machine import environment
+from iterbatch.records.origin import check_origin, origin_json, write_places
 from iterbatch.records.result import TextMetrics
 from iterbatch.records.write import write_json
 from iterbatch.reuse.run_stores import Reuse, open_reuse
@@ -164,11 +166,11 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
         RunError: where what is done with it runs out of memory.
     """
     config = prepared.config
+    check_origin(run_dir, prepared.origin)
     model = load_model(prepared.base, config.model)
-    names = trackers(config.run.log_with)
-    accelerator = make_accelerator(PRECISION[prepared.base.dtype], names, run_dir, config.flat())
-    for message in prepared.corpus.notes:
-        listener.note(f"{prepared.corpus.source}: {message}")
+    accelerator = make_accelerator(PRECISION[prepared.base.dtype])
+    for message in prepared.notes:
+        listener.note(message)
     # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients
     # would then not be
     # synchronised.
@@ -188,6 +190,7 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
             plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
             if accelerator.is_main_process and not (run_dir / layout.MANIFEST).exists():
                 content = {**_manifest(prepared, plan), "compile_seconds": cold_start}
+                write_places(run_dir, config.flat())
                 write_json(run_dir / layout.MANIFEST, content)
             listener.planned(plan, run_dir)
             yield Shared(prepared, plan, model, placed, reuse, accelerator, interrupts, run_dir, compiled_for)
@@ -195,9 +198,6 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
         if not _out_of_memory(problem):
             raise
         raise RunError(OUT_OF_MEMORY) from problem
-    finally:
-        if names:
-            accelerator.end_training()
 
 
 def _out_of_memory(problem: BaseException) -> bool:
@@ -206,28 +206,34 @@ def _out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
+def _without_places(note: str, prepared: Prepared) -> str:
+    for place in (prepared.corpus.source, prepared.base.path):
+        note = note.replace(place, Path(place).name)
+    return note
+
+
 def _manifest(prepared: Prepared, plan: Plan) -> dict[str, Any]:
     config, corpus = prepared.config, prepared.corpus
     blocks, training = prepared.trained_blocks, config.training
+    local = Path(config.model.model_name).exists()
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         **environment(),
         "model": {
-            "name": config.model.model_name,
+            "name": Path(config.model.model_name).name if local else config.model.model_name,
             "type": prepared.base.config.model_type,
             "dtype": prepared.base.dtype,
-            "tokenizer_sha256": tokenizer_digest(prepared.base.tokenizer),
         },
         "data": {
             "source": Path(corpus.source).name if config.data.data_dir else corpus.source,
             "licence": corpus.licence,
-            "sha256": corpus.digest(),
-            "documents": {split: len(documents) for split, documents in corpus.splits.items()},
-            "notes": corpus.notes,
+            "documents": {split: documents.documents for split, documents in corpus.splits.items()},
+            "notes": [_without_places(note, prepared) for note in prepared.notes],
             "order_sha256": {
                 str(seed): order_digest(blocks, seed, training.epochs) for seed in training.seeds
             },
         },
+        "origin": origin_json(prepared.origin),
         "seeds": list(training.seeds),
         "plan": dataclasses.asdict(plan),
     }

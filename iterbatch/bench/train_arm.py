@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from iterbatch.bench.arm import Arm
 from iterbatch.bench.arm_records import ArmRecords
+from iterbatch.bench.card import write_card
 from iterbatch.bench.job import Job
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import make_stream
@@ -116,7 +117,7 @@ class ArmParts:
         job.warm(strategy, stream)
         step = TrainingStep(passes, account, settings, source, stream.batch, job.extras(strategy, stream))
         prefetch, progress = Prefetch(stream, source), Progress()
-        records = ArmRecords(job.folder, job.label, account.ledger, accelerator, job.listener)
+        records = ArmRecords(job.folder, account.ledger, accelerator, job.listener, job.tracking)
         at_start: dict[str, Part] = {
             **records.writers,
             "strategy": strategy,
@@ -312,6 +313,7 @@ def _finish(job: Job, parts: ArmParts) -> None:
     try:
         with whole_or_not(folder / layout.ADAPTER) as scratch:
             shared.model.save_pretrained(str(scratch))
+            write_card(scratch, shared.prepared, job.arm, job.seed, scores)
     except SafetensorError as problem:  # what safetensors makes of a full disk
         where = folder / layout.ADAPTER
         raise RunError(

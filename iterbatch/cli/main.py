@@ -1,6 +1,7 @@
 """``iterbatch COMMAND …``: which commands there are, and how what goes wrong is said."""
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Union
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from iterbatch import __version__
-from iterbatch.cli import cache, compare, generate, power, price, report, train, tune
+from iterbatch.cli import cache, compare, export, generate, power, price, report, train, tune
 from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words, exit_code
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.report.wording import plain
@@ -22,6 +23,7 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     "report": (report.Report, "Write the report of a run or a comparison anew, from its records alone."),
     "power": (power.Power, "How many seeds it takes to find an effect, from the spread of a comparison."),
     "generate": (generate.Generate, "Continue a text with a trained adapter."),
+    "export": (export.Export, "Write a trained adapter with its card to a folder, or merged into its base."),
     "price": (
         price.Price,
         "Measure what fresh passes and repeats cost on this machine, by placement of the adapters.",
@@ -44,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a Windows console may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    console, errors = Console(width=_width()), Console(stderr=True, width=_width())
+    console, errors = _Console(width=_width()), _Console(stderr=True, width=_width())
     try:
         return _run(given, console)
     except KeyboardInterrupt as stopped:  # before or after what a command does about it itself
@@ -55,6 +57,14 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as problem:
         _complain(errors, f"{problem.filename or 'a file'}: {problem.strerror or problem}")
     return EXIT_BAD_INPUT
+
+
+class _Console(Console):
+    """Whose reader may go away: what was asked for is done all the same, unseen."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def _run(given: list[str], console: Console) -> int:

@@ -19,6 +19,7 @@ from rich.text import Text
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan
 from iterbatch.config import BenchConfig
+from iterbatch.records.machine import busy
 from iterbatch.records.record import BatchRecord, EvalRecord
 from iterbatch.records.result import ArmResult
 from iterbatch.report.wording import plain
@@ -62,10 +63,13 @@ class RichListener(Listener):
         self.console.print(
             Text(
                 f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trainable_parameters / 1e6:,.2f} M of "
-                f"them trained; {plan.blocks:,} blocks of "
-                f"{plan.max_length} tokens; {plan.batches:,} batches an arm, {self.arms} arm(s); to {run_dir}"
+                f"them trained; {plan.blocks:,} blocks of {plan.max_length} tokens, "
+                f"loss on {_loss_on(plan)}; "
+                f"{plan.batches:,} batches an arm, {self.arms} arm(s); {at_work()}; to {run_dir}"
             )
         )
+        if (crowd := busy()) is not None:
+            self.note(crowd)
 
     def arm_started(self, strategy: str, seed: int) -> None:
         """Start its bar."""
@@ -102,19 +106,43 @@ class RichListener(Listener):
             self.console.print(Text(f"validation perplexity before training: {record.ppl:,.3f}"))
 
 
+def at_work() -> str:
+    """How many processes and threads train."""
+    import torch
+
+    from iterbatch.runtime.processes import count
+
+    processes, threads = count(), torch.get_num_threads()
+    return f"{processes} process(es), {threads} thread(s) each"
+
+
+def _loss_on(plan: Plan) -> str:
+    """All, assistant or completion; of each how many documents where there are several."""
+    if len(plan.loss_on) == 1:
+        return next(iter(plan.loss_on))
+    return ", ".join(f"{part} ({count:,} documents)" for part, count in plan.loss_on.items())
+
+
+def _scored(plan: Plan, split: str) -> str:
+    silent = plan.without_loss[split]
+    return f"{plan.scored[split]}, {silent:,} more without loss" if silent > 0 else f"{plan.scored[split]}"
+
+
 def plan_table(plan: Plan, config: BenchConfig) -> Table:
     """What ``--dry_run`` prints."""
     table = Table(title="Plan (one baseline arm; repeats come on top)", show_header=False)
     rows = {
         "parameters": f"{plan.parameters:,} ({plan.trainable_parameters:,} trained)",
-        "blocks": f"{plan.blocks:,} of {plan.max_length} tokens",
+        "training text": f"{plan.documents:,} documents, {plan.blocks:,} blocks of {plan.max_length} tokens",
+        "loss on": _loss_on(plan),
         "batches": f"{plan.batches:,}",
         "updates": f"{plan.batches:,}",
-        "tokens": f"{plan.tokens:,} label tokens",
+        "tokens": f"{plan.tokens:,} that the loss is on",
         "compute": f"{plan.flops / 1e9:,.1f} GFLOPs",
         "price ratio of a repeat": f"{plan.price_ratio:.2f}",
         "peak memory, estimated": f"{plan.memory_mb:,.0f} MB",
-        "scored tokens": ", ".join(f"{split} {tokens:,}" for split, tokens in plan.eval_tokens.items()),
+        **{f"scored of {split}": _scored(plan, split) for split in plan.scored},
+        "processes": at_work(),
         "arms": f"{len(config.strategy.strategies)} strategies x {len(config.training.seeds)} seeds",
     }
     for name, value in rows.items():

@@ -11,10 +11,12 @@ from rich.text import Text
 from iterbatch.cli.command import Words, exit_code
 from iterbatch.cli.progress import RichListener, plan_table
 from iterbatch.config import BenchConfig
+from iterbatch.errors import UserError, typed
 from iterbatch.flags import TrainFlags, parse_config
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.quiet import quiet_libraries
 from iterbatch.records import layout
+from iterbatch.records.read import read_samples
 from iterbatch.report import summary
 from iterbatch.report.comparison import CellScores, read_cells
 from iterbatch.report.wording import plain
@@ -39,7 +41,7 @@ def _plan(config: BenchConfig, console: Console) -> int:
 
     prepared, planned = plan(config)
     console.print(Text(dump_yaml(config.flat())))
-    for note in prepared.corpus.notes:
+    for note in prepared.notes:
         console.print(Text(f"note: {plain(note)}"))
     console.print(plan_table(planned, config))
     return 0
@@ -70,16 +72,29 @@ def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
     for row in summary.rows(cell):
         table.add_row(*(Text(plain(each)) for each in row))
     console.print(table)
+    if scored := summary.scored_words(cell):
+        console.print(Text(f"Scored: {scored}."))
     for note in summary.notices(cell):
         console.print(Text(note))
     begin = f"begin with {layout.REPORT} or {layout.SUMMARY_PAGE}"
     console.print(Text(f"Records, adapters, samples and figures are in {run_dir} ({begin})."))
-    console.print(Text(f'Next: iterbatch generate {run_dir} --prompt "The with statement"'))
+    command = typed("iterbatch", "generate", run_dir, "--prompt", _prompt(cell))
+    console.print(Text(f"Next: {command}"), soft_wrap=True)
+
+
+def _prompt(cell: CellScores) -> str:
+    """The beginning of a prompt of the run's own, as it can be typed."""
+    for arm in cell.arms:
+        for seed in arm.finished:
+            with contextlib.suppress(UserError):
+                words = " ".join(read_samples(seed.folder).prompts[:1]).split()
+                return " ".join(words[:6]) or "The"
+    return "The"
 
 
 def _say_how_to_resume(console: Console, run_dir: Path | None) -> None:
     if run_dir is None:
         console.print("Interrupted before the run began.")
         return
-    how = f"Interrupted. To resume where it stopped:\n  iterbatch train --resume {run_dir}"
+    how = f"Interrupted. To resume where it stopped:\n  {typed('iterbatch', 'train', '--resume', run_dir)}"
     console.print(Text(how), soft_wrap=True)

@@ -1,50 +1,35 @@
 """Named or local text, in any supported form, to documents in three splits.
 
-What lives here: reading (through ``datasets``), and the split into train, validation and test. What
-does not: the forms of text (:mod:`iterbatch.data.forms`); tokens, blocks and batches
-(:mod:`iterbatch.data.data_loader`).
+What lives here: sources, and the split into train, validation and test. What does not: files and formats
+(:mod:`iterbatch.data.files`, :mod:`iterbatch.data.rows`); the forms of a row (:mod:`iterbatch.data.forms`)
+and how they are written (:mod:`iterbatch.data.chat`); tokens, blocks and batches.
 """
 
-import codecs
 import hashlib
-import itertools
-import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from iterbatch.config import LossOn
 from iterbatch.data import documents
-from iterbatch.data.documents import Document, Documents, documents_of_pieces
-from iterbatch.data.forms import FIELDS, ChatTemplate, row_text, wikitext_articles, wikitext_document
+from iterbatch.data.chat import Writer
+from iterbatch.data.documents import Document, Documents, cut, documents_of_pieces
+from iterbatch.data.files import ENDINGS, SPLIT_WORDS, TextFile, find_files
+from iterbatch.data.forms import FIELDS, has_form, read_form
+from iterbatch.data.rows import UTF8, Row, characters, rows
+from iterbatch.data.wikitext import wikitext_articles, wikitext_document
 from iterbatch.errors import DataError, did_you_mean
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FRACTION = 0.1  # of the documents, for each of validation and test, where a source brings none
 SPLIT_SEED = 20_180_626  # fixed, so that every run and every arm holds out the same documents
-
-DEEP = 500  # brackets in a row of JSON from which on its depth is looked at
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "valid": "validation",
-    "validation": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
-_BUILDERS = {
-    ".txt": "text",
-    ".tokens": "text",
-    ".raw": "text",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
+PYDOCS = "pydocs.jsonl.gz"  # among the assets: topics of CPython 3.11.7
 
 
 @dataclass(frozen=True)
@@ -63,6 +48,23 @@ NAMED = {
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How text is read, and what is met on the way.
+
+    Args:
+        writer: Writes rows as texts.
+        encoding: Of local files.
+        text_field: The only field of a row that counts; default: the first form that it has.
+    """
+
+    writer: Writer = field(default_factory=Writer)
+    encoding: str = UTF8
+    text_field: str | None = None
+    notes: list[str] = field(default_factory=list)
+    loss_on: Counter[LossOn] = field(default_factory=Counter)  # documents, by what the loss is on
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Documents in three splits, where they came from, and what the reader must be told about them."""
 
@@ -70,14 +72,15 @@ class Corpus:
     source: str
     licence: str
     notes: list[str] = field(default_factory=list)
+    loss_on: Mapping[LossOn, int] = field(default_factory=dict)  # documents, by what the loss is on
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 over each split's documents in order: two runs can be shown to have read the same text."""
+        return {split: self.splits[split].digest() for split in SPLITS}
 
     def digest(self) -> str:
-        """SHA-256 over every split's documents in order: two runs can be shown to have read the same text."""
-        digest = hashlib.sha256()
-        for split in SPLITS:
-            for document in self.splits[split]:
-                digest.update(split.encode() + b"\0" + document.text.encode("utf-8", "surrogatepass") + b"\0")
-        return digest.hexdigest()
+        """SHA-256 over all splits."""
+        return hashlib.sha256("".join(self.digests().values()).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def read_corpus(
     *,
     dataset_config: str | None = None,
     data_dir: Path | None = None,
-    chat_template: ChatTemplate | None = None,
+    reading: Reading | None = None,
 ) -> Corpus:
     """Read a corpus by name or from a local file or folder.
 
@@ -97,209 +100,144 @@ def read_corpus(
         dataset: ``pydocs``, ``wikitext``, ``dialogue``, or any hub name ``owner/name``.
         dataset_config: The hub data set's configuration; the named ones have a default.
         data_dir: A local file or folder to read instead of the hub.
-        chat_template: See :func:`row_text`.
+        reading: How.
 
     Raises:
         DataError: where the text cannot be found, reached or read.
     """
+    reading = reading or Reading()
     if data_dir is not None:
-        splits, licence, source = (
-            _read_local(data_dir, chat_template),
-            "as the text's owner states",
-            str(data_dir),
-        )
+        splits, licence, source = _read_local(data_dir, reading), "as the text's owner states", str(data_dir)
     elif dataset == "pydocs":
-        splits, licence, source = (
-            {"train": Documents(_pydocs())},
-            "Python Software Foundation License 2",
-            "pydoc_data.topics",
-        )
+        splits, source = _pydocs(reading), "the Python reference manual"
+        licence = "Python Software Foundation License 2"
     else:
-        splits, licence, source = _read_hub(dataset, dataset_config, chat_template)
-    return complete_splits(splits, source, licence)
+        splits, licence, source = _read_hub(dataset, dataset_config, reading)
+    return complete_splits(splits, source, licence, reading)
 
 
-def complete_splits(splits: Mapping[str, Documents], source: str, licence: str) -> Corpus:
+def complete_splits(
+    splits: Mapping[str, Documents], source: str, licence: str, reading: Reading | None = None
+) -> Corpus:
     """Cut the splits that a source lacks from its train split, by document with a fixed seed, and note it.
 
     Raises:
         DataError: where there is no training text, or too few documents to hold any out.
     """
+    reading = reading or Reading()
     train = splits.get("train")
     if not train:
         raise DataError(
             f"{source} holds no training text (splits found: {', '.join(splits) or 'none'}); name a file "
-            "with 'train' in its name, "
-            "or point --data_dir at a single file"
+            "with 'train' in its name, or point --data_dir at a single file"
         )
-    notes = []
+    notes = [*reading.notes]
     missing = [split for split in SPLITS[1:] if not splits.get(split)]
-    if missing and sum(document.ends for document in itertools.islice(train, 1000)) < 10:
+    if missing and train.documents < 10 and reading.loss_on.keys() <= {"all"}:
         train = Documents(piece for document in train for piece in _paragraphs(document))
-        notes.append(f"fewer than 10 documents: cut at blank lines into {len(train)} pieces")
-    held_out = max(1, round(HELD_OUT_FRACTION * len(train)))
-    if missing and len(train) <= held_out * len(missing):
+        notes.append(f"fewer than 10 documents: cut at blank lines into {train.documents} pieces")
+    held_out = max(1, round(HELD_OUT_FRACTION * train.documents))
+    if missing and train.documents <= held_out * len(missing):
         raise DataError(
-            f"{source} has {len(train)} document(s), too few to hold out {' and '.join(missing)}; give "
-            "separate files "
-            "(train, valid, test in their names) or more documents"
+            f"{source} has {train.documents} document(s), too few to hold out {' and '.join(missing)}; give "
+            "separate files (train, valid, test in their names) or more documents"
         )
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
+    order = np.random.default_rng(SPLIT_SEED).permutation(train.documents)
     complete = {split: splits[split] for split in SPLITS[1:] if split not in missing}
     for split in missing:
         chosen, order = order[:held_out], order[held_out:]
-        complete[split] = train[np.sort(chosen)]
-        notes.append(f"no {split} split: {held_out} of {len(train)} documents held out of train, fixed seed")
-    complete["train"] = train[np.sort(order)]
-    return Corpus({split: complete[split] for split in SPLITS}, source, licence, notes)
+        complete[split] = train.select(chosen)
+        notes.append(
+            f"no {split} split: {held_out} of {train.documents} documents held out of train, fixed seed"
+        )
+    complete["train"] = train.select(order)
+    return Corpus({split: complete[split] for split in SPLITS}, source, licence, notes, reading.loss_on)
 
 
 def _paragraphs(document: Document) -> list[Document]:
     parts = [part for part in re.split(r"\n\s*\n", document.text) if part.strip()]
-    return [Document.of(part.strip("\n") + "\n") for part in parts]
+    return [Document.of(part.strip("\n") + "\n", literal=document.literal) for part in parts]
 
 
-def _pydocs() -> Iterator[Document]:
-    from pydoc_data.topics import topics
+def _pydocs(reading: Reading) -> dict[str, Documents]:
+    """The Python reference manual, as one version of CPython has it: others have other topics."""
+    asset = resources.files("iterbatch") / "assets" / "text" / PYDOCS
+    with resources.as_file(asset) as path:
+        file = TextFile(path, ".jsonl", ".gz")
+        return {"train": Documents(_documents_of_rows(rows(file), reading, PYDOCS))}
 
-    for name in sorted(topics):
-        yield Document.of(topics[name])
+
+# ------------------------------------------------------------------------------------------------------------
+# Local files
 
 
-def _read_local(path: Path, chat_template: ChatTemplate | None) -> dict[str, Documents]:
-    files: dict[str, list[Path]] = {}
-    for file in _local_files(path):
-        files.setdefault(_split_of(file, path), []).append(file)
+def _read_local(place: Path, reading: Reading) -> dict[str, Documents]:
+    found = find_files(place)
+    reading.notes.extend(found.notes)
     return {
-        split: Documents(document for file in chosen for document in _read_file(file, chat_template))
-        for split, chosen in files.items()
+        split: Documents(document for file in files for document in _read_file(file, reading))
+        for split, files in found.splits.items()
     }
 
 
-def _local_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise DataError(f"--data_dir {path} does not exist; give a file or folder of {', '.join(_BUILDERS)}")
-    if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise DataError(
-                f"{path} has the ending '{path.suffix}'; allowed are "
-                f"{', '.join(_BUILDERS)}{did_you_mean(path.suffix, _BUILDERS)}"
-            )
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS and file.is_file())
-    if not files:
-        raise DataError(f"--data_dir {path} holds no file with one of the endings {', '.join(_BUILDERS)}")
-    return files
-
-
-def _split_of(file: Path, root: Path) -> str:
-    names = [file.name] if file == root else list(file.relative_to(root).parts)
-    for name in reversed(names):
-        for word in re.split(r"[^a-z]+", name.lower()):
-            if word in _SPLIT_WORDS and root != file:
-                return _SPLIT_WORDS[word]
-    return "train"
-
-
-def _read_file(file: Path, chat_template: ChatTemplate | None) -> Iterator[Document]:
-    if file.suffix != ".parquet":
-        _check_utf8(file)
-    if file.suffix == ".txt":
-        with file.open(encoding="utf-8-sig") as text:
-            yield from documents_of_pieces(iter(lambda: text.read(documents.PIECE), ""))
-    elif file.suffix in (".tokens", ".raw"):
-        with file.open(encoding="utf-8-sig") as text:
-            yield from map(
-                wikitext_document, wikitext_articles(iter(lambda: text.readline(documents.PIECE), ""))
-            )
+def _read_file(file: TextFile, reading: Reading) -> Iterator[Document]:
+    if file.format == "text":
+        with characters(file, reading.encoding) as text:
+            yield from _texts(documents_of_pieces(iter(lambda: text.read(documents.PIECE), "")), reading)
+    elif file.format == "wikitext":
+        with characters(file, reading.encoding) as text:
+            articles = wikitext_articles(iter(lambda: text.readline(documents.PIECE), ""))
+            yield from _texts(map(wikitext_document, articles), reading)
     else:
-        yield from _documents_of_rows(_load_rows(file), chat_template, file)
+        yield from _documents_of_rows(rows(file, reading.encoding), reading, str(file.path))
 
 
-def _load_rows(file: Path) -> Any:
-    import datasets
-
-    if file.suffix == ".jsonl":
-        _check_depth(file)
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(_BUILDERS[file.suffix], data_files=str(file), split="train")
-    except Exception as problem:  # datasets wraps every reader's own error in one of several classes
-        if file.suffix == ".jsonl":
-            _check_json_lines(file)
-        reason = problem.__cause__ or problem
-        raise DataError(
-            f"{file} cannot be read as {file.suffix[1:]}: {str(reason).splitlines()[0]}"
-        ) from problem
+def _texts(found: Iterable[Document], reading: Reading) -> Iterator[Document]:
+    """Documents that are no rows."""
+    for document in found:
+        reading.loss_on["all"] += document.ends
+        yield document
 
 
-def _documents_of_rows(
-    rows: Iterable[dict[str, Any]], chat_template: ChatTemplate | None, source: object
-) -> Iterator[Document]:
-    try:
-        for row in rows:
-            yield from documents_of_pieces([row_text(row, chat_template)])
-    except DataError as problem:
-        raise DataError(f"{source}: {problem}") from problem
+def _documents_of_rows(found: Iterable[Row], reading: Reading, source: str) -> Iterator[Document]:
+    """The rows that hold text, each as a document; what is left out is noted.
+
+    Raises:
+        DataError: where a row cannot be read, or none has a form that is known; names file, row and field.
+    """
+    left: list[str] = []  # where rows without text are
+    read, formless = 0, 0
+    names: dict[str, None] = {}
+    for place, row in found:
+        read += 1
+        try:
+            form = read_form(row, reading.text_field)
+            document = None if form is None else reading.writer.write(form)
+        except DataError as problem:
+            raise DataError(f"{source}, {place}: {problem}") from problem
+        if form is None or document is None:
+            left.append(place)
+            formless += not has_form(row, reading.text_field)
+            names |= dict.fromkeys(row)
+            continue
+        reading.loss_on[reading.writer.on(form)] += 1
+        yield from cut(document)
+    if read and formless == read:
+        wanted = f"'{reading.text_field}'" if reading.text_field else f"one of them must be {FIELDS}"
+        near = (
+            did_you_mean(reading.text_field, names) if reading.text_field else ", or name one by --text_field"
+        )
+        raise DataError(f"{source}: the rows have the fields {sorted(names)}; {wanted}{near}")
+    if left:
+        some = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        reading.notes.append(f"{source}: {len(left)} of {read} rows have no text and are left out ({some})")
 
 
-def _check_utf8(file: Path) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    read = 0
-    try:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                decoder.decode(chunk)
-                read += len(chunk)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as problem:
-        raise DataError(
-            f"{file} is not UTF-8: byte {problem.object[problem.start]:#04x} near byte "
-            f"{read + problem.start}; save it as UTF-8 and try again"
-        ) from problem
-    except OSError as problem:
-        raise DataError(f"{file} cannot be read: {problem.strerror}") from problem
-    if read == 0:
-        raise DataError(f"{file} is empty; give a file with text in it")
+# ------------------------------------------------------------------------------------------------------------
+# The hub
 
 
-def _check_depth(file: Path) -> None:
-    """Refuse rows nested so deeply that the JSON reader's stack would end the process."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.count(b"[") + line.count(b"{") < DEEP:
-                continue
-            try:
-                json.loads(line)
-            except RecursionError as problem:
-                raise DataError(
-                    f"{file}, line {number}: nested too deeply to be read; mend or delete that line"
-                ) from problem
-            except ValueError:
-                continue  # the reader says what is wrong with it
-
-
-def _check_json_lines(file: Path) -> None:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                raise DataError(
-                    f"{file}, line {number}: not valid JSON ({problem}); mend or delete that line"
-                ) from problem
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{file}, line {number}: a {type(row).__name__} where an object with one of {FIELDS} is "
-                    "needed"
-                )
-
-
-def _read_hub(
-    dataset: str, config: str | None, chat_template: ChatTemplate | None
-) -> tuple[dict[str, Documents], str, str]:
+def _read_hub(dataset: str, config: str | None, reading: Reading) -> tuple[dict[str, Documents], str, str]:
     import datasets
 
     known = NAMED.get(dataset)
@@ -318,14 +256,16 @@ def _read_hub(
         # Connection, missing name, missing configuration: each library layer has its own class.
         raise DataError(unreachable_dataset(hub.name, problem)) from problem
     splits: dict[str, Documents] = {}
-    for split, rows in loaded.items():
-        name = _SPLIT_WORDS.get(str(split).lower())
-        if name is None:
-            continue
-        if hub.name == "Salesforce/wikitext":
-            splits[name] = Documents(map(wikitext_document, wikitext_articles(row["text"] for row in rows)))
+    for split, table in loaded.items():
+        name = SPLIT_WORDS.get(str(split).lower())
+        if name is None or name in splits:
+            reading.notes.append(f"split '{split}' left out")
+        elif hub.name == "Salesforce/wikitext":
+            articles = wikitext_articles(row["text"] for row in table)
+            splits[name] = Documents(_texts(map(wikitext_document, articles), reading))
         else:
-            splits[name] = Documents(_documents_of_rows(rows, chat_template, hub.name))
+            found = ((f"{split}, row {number}", row) for number, row in enumerate(table, start=1))
+            splits[name] = Documents(_documents_of_rows(found, reading, hub.name))
     return splits, hub.licence, f"{hub.name}{f' ({config})' if config else ''}"
 
 
@@ -333,7 +273,6 @@ def unreachable_dataset(name: str, problem: BaseException) -> str:
     """The message for a hub data set that could not be read."""
     return (
         f"the data set '{name}' could not be read from the hub ({type(problem).__name__}: "
-        f"{str(problem).splitlines()[0][:200]}). "
-        "Without a hub, point --data_dir at a local file or folder: .txt, .tokens/.raw (WikiText form), "
-        ".jsonl, .csv or .parquet"
+        f"{str(problem).splitlines()[0][:200]}). Without a hub, point --data_dir at a local file or folder: "
+        f"{ENDINGS}"
     )

@@ -1,142 +1,22 @@
-"""Documents to token blocks to batches, in an order set by (seed, epoch) alone.
+"""Blocks to batches, in an order set by (seed, epoch) alone.
 
-What lives here: tokens, packing, memory-mapped blocks, the order of batches. What does not: reading text
-(:mod:`iterbatch.data.corpus`) and evaluation windows (:mod:`iterbatch.data.windows`).
+What does not live here: reading text (:mod:`iterbatch.data.corpus`), blocks (:mod:`iterbatch.data.blocks`)
+and evaluation windows (:mod:`iterbatch.data.windows`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from iterbatch.data.batch import IGNORED, Batch, MicroBatch
-from iterbatch.data.cache import cache_folder
-from iterbatch.data.documents import Document
+from iterbatch.data.blocks import Blocks
 from iterbatch.errors import DataError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 MOST_SET_ASIDE = 256  # blocks of probe text: their prefix activations stay in memory
-
-# ------------------------------------------------------------------------------------------------------------
-# Documents -> token blocks
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], group: int = 1 << 22
-) -> Iterator[list[int]]:
-    """Yield the token ids of each document, without special tokens.
-
-    ``group`` characters are tokenized at a time.
-    """
-    texts: list[str] = []
-    size = 0
-    for document in documents:
-        texts.append(document.text)
-        size += len(document.text) + 1
-        if size >= group:
-            yield from _token_lists(tokenizer, texts)
-            texts, size = [], 0
-    if texts:
-        yield from _token_lists(tokenizer, texts)
-
-
-def _token_lists(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a document longer than the context is no fault here, it is cut into blocks.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def prepare_blocks(
-    documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,  # tokens a block
-    max_tokens: int | None = None,  # stop after this many tokens
-    *,
-    data_key: str = "",  # digest of the documents; with it the blocks are cached and found again
-) -> np.ndarray:
-    """Tokenize documents, end each with EOS, and pack them into blocks on disk.
-
-    Returns:
-        A memory-mapped array (blocks, max_length) of token ids, uint16 or int32. A tail shorter
-        than a block is left out.
-
-    Raises:
-        DataError: where the text is shorter than one block.
-    """
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
-    key = json.dumps([data_key, tokenizer_digest(tokenizer), max_length, max_tokens, np.dtype(dtype).name])
-    folder = cache_folder() / "blocks"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    if not (data_key and file.exists()):
-        total = _write_blocks(documents, tokenizer, max_length, max_tokens, file, dtype)
-        if total < max_length:
-            raise DataError(
-                f"the training text has {total} tokens, fewer than one block of {max_length}; give more "
-                "text or a smaller --max_length"
-                + (
-                    " or a larger --max_train_tokens"
-                    if max_tokens is not None and max_tokens < max_length
-                    else ""
-                )
-            )
-    return np.load(file, mmap_mode="r", allow_pickle=False)
-
-
-def _write_blocks(
-    documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_tokens: int | None,
-    file: Path,
-    dtype: Any,
-) -> int:
-    """Stream tokens to a raw file, then give it its header and its name in one rename.
-
-    Return the number of tokens.
-    """
-    total, limit = 0, max_tokens if max_tokens is not None else float("inf")
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        raw = Path(scratch) / "tokens"
-        with raw.open("wb") as stream:
-            for document, ids in zip(documents, tokenize(tokenizer, documents), strict=True):
-                ids = [*ids, tokenizer.eos_token_id] if document.ends else ids
-                ids = ids[: int(min(len(ids), limit - total))]
-                stream.write(np.asarray(ids, dtype=dtype).tobytes())
-                total += len(ids)
-                if total >= limit:
-                    break
-        blocks = total // max_length
-        if blocks:
-            tokens = np.memmap(raw, dtype=dtype, mode="r", shape=(blocks, max_length))
-            packed = Path(scratch) / "blocks.npy"
-            np.save(packed, tokens, allow_pickle=False)
-            del tokens  # Windows cannot remove a file that is still mapped
-            os.replace(packed, file)
-    return total
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over vocabulary and special tokens: blocks of one tokenizer are never served to another."""
-    content = json.dumps(
-        [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
-    )
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content += backend.to_str() if backend is not None else type(tokenizer).__name__
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Blocks -> batches
 
 
 def set_aside(blocks: int, share: float | None) -> np.ndarray:
@@ -177,7 +57,7 @@ class BatchStream:
     """Endless batches, epoch after epoch, with a cursor that can be saved.
 
     Args:
-        blocks: (blocks, length) token ids, memory-mapped or not.
+        blocks: The training text.
         batch_size: Blocks a micro-batch and process.
         grad_accum: Micro-batches a batch.
         seed: Sets the order, together with the epoch.
@@ -191,7 +71,7 @@ class BatchStream:
 
     def __init__(
         self,
-        blocks: np.ndarray,
+        blocks: Blocks,
         batch_size: int,
         grad_accum: int,
         seed: int,
@@ -252,10 +132,12 @@ class BatchStream:
         share = rows[self.rank :: self.world]
         # A short micro-batch may leave a process without a row; it then runs one unlabelled row,
         # because all processes must reduce together.
-        input_ids = torch.from_numpy(self.blocks[share if len(share) else rows[:1]].astype(np.int64))
+        chosen = share if len(share) else rows[:1]
+        input_ids = torch.from_numpy(self.blocks.ids[chosen].astype(np.int64))
         labels = torch.full_like(input_ids, IGNORED)
         if len(share):
-            labels[:, :-1] = input_ids[:, 1:]
+            trained = torch.from_numpy(self.blocks.trained[chosen][:, 1:])
+            labels[:, :-1] = input_ids[:, 1:].where(trained, IGNORED)
         return MicroBatch(input_ids, labels, blocks=tuple(int(row) for row in share), rows_in_all=len(rows))
 
     def state_dict(self) -> dict[str, int]:

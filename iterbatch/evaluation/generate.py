@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,12 @@ def generate(
     Args:
         model: A causal LM with ``generate``.
         prompts: Token ids, all of the same length, so that no padding is needed.
-        tokenizer: For its EOS and padding ids.
+        tokenizer: For its EOS and padding ids; what the model's generation config ends with, ends too.
         sampling: Length, temperature, nucleus and seed.
         greedy: Take the likeliest token each time, instead of drawing.
 
     Returns:
-        The new token ids of each prompt, up to and without EOS.
+        The new token ids of each prompt, up to and without what ends it.
     """
     training = model.training
     model.eval()
@@ -56,18 +57,25 @@ def generate(
         "use_cache": True,
         "remove_invalid_values": True,
     }  # an adapter that diverged may give NaN
+    settings = getattr(model, "generation_config", None)
     end: Any = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    ends = {end, *_several(getattr(settings, "eos_token_id", None))}
+    options["eos_token_id"] = sorted(ends)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(sampling.seed)
         write: Any = model.generate
         written: Any = write(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=pad, **options)
     model.train(training)
-    return [_until(row, end) for row in written[:, ids.shape[1] :].tolist()]
+    return [_until(row, {*ends, pad}) for row in written[:, ids.shape[1] :].tolist()]
 
 
-def _until(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
+def _several(value: Any) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _until(tokens: list[int], ends: set[Any]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
-from iterbatch.data.windows import EvalText, Window
+from iterbatch.data.windows import EvalText, block_text
 from iterbatch.evaluation.perplexity import score
 from iterbatch.model.cut import CutModel
 from iterbatch.model.lora import blank_adapter, copy_adapter, set_adapter
@@ -54,7 +55,7 @@ def groups(passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def memorised(
     cut: CutModel,
     model: PeftModel,
-    blocks: np.ndarray,  # (blocks, length) token ids
+    blocks: Blocks,
     passes: np.ndarray,  # (blocks,)
     accelerator: Accelerator,
     batch_size: int,
@@ -70,20 +71,19 @@ def memorised(
     current, blank = copy_adapter(model), blank_adapter(model)
     result: dict[str, GroupLoss] = {}
     for name, chosen in (("all", sample), ("most", most), ("least", least)):
-        after = _loss(cut, blocks[chosen], accelerator, batch_size)
+        text = block_text(blocks, chosen)
+        after = _loss(cut, text, accelerator, batch_size)
         set_adapter(model, blank)
-        before = _loss(cut, blocks[chosen], accelerator, batch_size)
+        before = _loss(cut, text, accelerator, batch_size)
         set_adapter(model, current)
         mean = float(passes[chosen].mean()) if len(chosen) else None
         result[name] = GroupLoss(len(chosen), mean, after, before)
     return result
 
 
-def _loss(cut: CutModel, rows: np.ndarray, accelerator: Accelerator, batch_size: int) -> float | None:
-    """Mean nats a label token of whole blocks, as in training."""
-    if not len(rows):
+def _loss(cut: CutModel, text: EvalText, accelerator: Accelerator, batch_size: int) -> float | None:
+    """Mean nats a label token."""
+    if not text.tokens:
         return None
-    windows = [Window(row[:-1].astype(np.int32), row[1:].astype(np.int32), len(row) - 1) for row in rows]
-    tokens = sum(window.scored for window in windows)
-    result = score(cut, EvalText(windows, 0, 0, tokens, [tokens]), accelerator, batch_size=batch_size)
+    result = score(cut, text, accelerator, batch_size=batch_size)
     return result.nats / result.tokens

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from scipy import stats
 
 from iterbatch.data.windows import EvalText, collate
 from iterbatch.model.cut import CutModel
@@ -31,26 +33,40 @@ class Score:
     bytes: int
     document_nats: list[float] = field(default_factory=list)
     document_tokens: list[int] = field(default_factory=list)
+    end_nats: float = 0.0  # of the nats, on the ends of documents, which have neither words nor bytes
 
     @property
     def ppl(self) -> float:
         """Token perplexity, exp(nats / tokens)."""
         return _exp(self.nats / self.tokens)
 
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Of the perplexity, over documents: ratio estimator, Student's t; NaN with fewer than two."""
+        nats, tokens = np.array(self.document_nats), np.array(self.document_tokens)
+        count, loss = len(tokens), self.nats / self.tokens
+        if count < 2:
+            return math.nan, math.nan
+        error = math.sqrt(float(((nats - loss * tokens) ** 2).sum()) * count / (count - 1)) / self.tokens
+        reach = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * error
+        return _exp(loss - reach), _exp(loss + reach)
+
     @property
     def word_ppl(self) -> float:
-        """Word perplexity, exp(nats / words): comparable between tokenizers."""
-        return _exp(self.nats / self.words)
+        """Word perplexity, exp(nats / words): comparable between tokenizers.
+
+        Without the ends of documents, which are no words.
+        """
+        return _exp((self.nats - self.end_nats) / self.words)
 
     @property
     def byte_ppl(self) -> float:
-        """Byte perplexity, exp(nats / bytes)."""
-        return _exp(self.nats / self.bytes)
+        """Byte perplexity, exp(nats / bytes), likewise."""
+        return _exp((self.nats - self.end_nats) / self.bytes)
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte, nats / bytes / ln 2."""
-        return self.nats / self.bytes / math.log(2)
+        """Bits a byte, nats / bytes / ln 2, likewise."""
+        return (self.nats - self.end_nats) / self.bytes / math.log(2)
 
 
 def _exp(nats: float) -> float:
@@ -90,9 +106,9 @@ def score(
     # Longest first: windows of like length share a batch, and a batch too large for memory fails at once.
     order = sorted(range(len(text.windows)), key=lambda index: -len(text.windows[index].input_ids))
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    # One sum a document: comparisons resample documents.
+    # One sum a document, because comparisons resample documents, and a last one for the ends of all.
     nats = torch.zeros(
-        text.documents,
+        text.documents + 1,
         dtype=torch.float64,
         device=accelerator.device if accelerator.device.type != "mps" else "cpu",
     )
@@ -103,13 +119,18 @@ def score(
             micro = dataclasses.replace(micro, blocks=tuple(group))
         with torch.no_grad(), accelerator.autocast():
             micro = micro.to(accelerator.device)
-            rows = model(source.fetch(micro)[0], micro).sum(dim=1, dtype=torch.float64).to(nats.device)
-        nats.index_add_(
-            0, torch.tensor([text.windows[index].document for index in group], device=nats.device), rows
-        )
+            losses = model(source.fetch(micro)[0], micro).to(nats.device, torch.float64)
+        windows = [text.windows[index] for index in group]
+        documents = torch.tensor([window.document for window in windows], device=nats.device)
+        nats.index_add_(0, documents, losses.sum(dim=1))
+        for row, window in enumerate(windows):
+            if window.ends:
+                last = len(window.input_ids) if padding_side == "right" else losses.shape[1]
+                nats[-1] += losses[row, last - 1]
         source.settle()
     model.train(training)
     reduced: Any = accelerator.reduce(nats, "sum")
+    *by_document, ends = reduced.tolist()
     return Score(
-        float(reduced.sum()), text.tokens, text.words, text.bytes, reduced.tolist(), text.document_tokens
+        math.fsum(by_document), text.tokens, text.words, text.bytes, by_document, text.document_tokens, ends
     )

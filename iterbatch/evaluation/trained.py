@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from iterbatch.checks import make_config
 from iterbatch.errors import DataError, RunError
 from iterbatch.evaluation.generate import Sampling, generate
-from iterbatch.model.load import PRECISION, load_base, load_weights
+from iterbatch.model.base import PRECISION, base_digests, load_base
+from iterbatch.model.weights import load_weights
 from iterbatch.records import layout
+from iterbatch.records.origin import Origin, check_origin
 from iterbatch.records.read import read_config, read_results
 from iterbatch.runtime.processes import make_accelerator
 
@@ -60,6 +62,7 @@ def load_trained(
     except (ValueError, TypeError) as problem:
         raise RunError(f"{run_dir / layout.CONFIG} is damaged: {problem}") from problem
     base = load_base(config)
+    check_origin(run_dir, Origin({}, *base_digests(base)))
     model, adapter = load_weights(base, config.model), folder / layout.ADAPTER
     if not (adapter / layout.ADAPTER_WEIGHTS).is_file():
         raise RunError(f"{adapter} holds no {layout.ADAPTER_WEIGHTS}; train that arm again")

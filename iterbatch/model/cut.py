@@ -21,12 +21,12 @@ class CutModel(nn.Module):
     is the embedding alone. Backward ends at the cut, because nothing below it needs a gradient.
 
     Args:
-        model: A ``PeftModel`` over the LLaMA layer layout.
+        model: A ``PeftModel`` over the LLaMA layer layout, or such a model without adapters.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        causal = model.get_base_model()
+        causal = model.get_base_model() if hasattr(model, "peft_config") else model
         layers = causal.model.layers
         adapted = (
             index for index, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from iterbatch.config import ModelConfig
+from iterbatch.config import INITS, ModelConfig
 from iterbatch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def attach_adapter(
         r=config.lora_rank,
         lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
+        use_rslora=config.rslora,
+        init_lora_weights=INITS[config.init_lora],
         target_modules=list(config.lora_targets),
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
@@ -87,10 +89,11 @@ def reset_adapter(model: nn.Module, seed: int) -> None:
     from peft.tuners.lora import LoraLayer
 
     torch.manual_seed(seed)
+    kind: Any = next(iter(model.peft_config.values())).init_lora_weights  # pyright: ignore
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.lora_A:
-                module.reset_lora_parameters(name, init_lora_weights=True)
+                module.reset_lora_parameters(name, init_lora_weights=kind)
 
 
 def copy_adapter(model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 # In the folder of a run, or of a cell
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
+PLACES = "places.json"  # folders of this machine, not to be shared
 TRACKING = "tracking"
 BASE_LOSSES = "base_losses.json"  # where an arm has asked for them
 FIGURES = "figures"

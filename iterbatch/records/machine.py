@@ -48,20 +48,32 @@ def _installed(name: str) -> bool:
 
 
 def _git_commit() -> str | None:
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    """IterBatch's own, where it runs from its repository; not that of a project it is installed in."""
+    package = Path(__file__).resolve().parents[1]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        if Path(_git(package, "rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return None
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def busy() -> str | None:
+    """A word on other work on this machine, where the system counts it and there is as much as cores."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < cores:
+        return None
+    return (
+        f"the machine is busy (load {load:.1f} on {cores} cores): training takes longer, and its seconds say "
+        "little"
+    )
 
 
 _PROC_STATUS = Path("/proc/self/status")

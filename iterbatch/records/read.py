@@ -11,6 +11,7 @@ import numpy as np
 from iterbatch.errors import ConfigError, RunError, first_line
 from iterbatch.plain_yaml import read_yaml
 from iterbatch.records import layout
+from iterbatch.records.origin import read_places
 from iterbatch.records.result import ArmResult, read_result
 
 SCORED = ("test", "validation")  # splits
@@ -20,7 +21,7 @@ DocumentScores = Mapping[str, tuple[np.ndarray, np.ndarray]]  # split to (nats, 
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The settings a run was made with, by flag.
+    """The settings a run was made with, by flag; places are absolute where they are known.
 
     Raises:
         RunError: where they cannot be read.
@@ -34,7 +35,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         ) from problem
     if not isinstance(content, dict):
         raise RunError(f"{file} is damaged: it holds a {type(content).__name__}; the run cannot be resumed")
-    return content
+    return {**content, **read_places(run_dir)}
 
 
 def settings_of(run_dir: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from iterbatch.errors import DataError
-from iterbatch.records.write import finite
+from iterbatch.records.write import finite, naming
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,15 @@ class RecordWriter:
     def write(self, record: BatchRecord | EvalRecord) -> None:
         """Append one record."""
         line = json.dumps(finite(dataclasses.asdict(record)), ensure_ascii=False) + "\n"
-        self._file.write(line)
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(line)
+            self._file.flush()
         self.size += len(line.encode("utf-8"))
 
     def sync(self) -> None:
         """Have everything written so far on the disk itself, whatever happens to the machine."""
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def state_dict(self) -> dict[str, int]:
         """How far it has written."""

@@ -13,6 +13,16 @@ SCRATCH = ".part"  # how the names of files that are being written end
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """See that what goes wrong with a file names it: a full disk does not by itself."""
+    try:
+        yield
+    except OSError as problem:
+        problem.filename = problem.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def whole_or_not(path: Path) -> Iterator[Path]:
     """A neighbour to write to, a file or a folder.
 
@@ -21,13 +31,14 @@ def whole_or_not(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}{SCRATCH}")
     try:
-        yield scratch
-        for file in [scratch, *scratch.rglob("*")] if scratch.is_dir() else [scratch]:
-            _sync(file)
-        if path.is_dir():  # no system replaces a folder that is not empty
-            shutil.rmtree(path)
-        os.replace(scratch, path)
-        _sync(path.parent)
+        with naming(path):
+            yield scratch
+            for file in [scratch, *scratch.rglob("*")] if scratch.is_dir() else [scratch]:
+                _sync(file)
+            if path.is_dir():  # no system replaces a folder that is not empty
+                shutil.rmtree(path)
+            os.replace(scratch, path)
+            _sync(path.parent)
     except BaseException:
         shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
         raise

@@ -20,11 +20,10 @@ import numpy as np
 
 from iterbatch.errors import RunError
 from iterbatch.records import layout
-from iterbatch.records.read import (
-    read_study,
-    settings_of,
-)
+from iterbatch.records.origin import check_alike
+from iterbatch.records.read import SCORED, read_study, settings_of
 from iterbatch.records.record import EvalRecord
+from iterbatch.records.scored import Scored
 from iterbatch.records.tuning import read_curves
 from iterbatch.report import stats
 from iterbatch.report.scores import ArmScores, SeedScores, read_arms
@@ -118,6 +117,12 @@ class CellScores:
     def unit(self) -> str:
         """What all arms could spend the same of."""
         return str(self.config.get("match", "epochs"))
+
+    @property
+    def scored(self) -> dict[str, Scored]:
+        """How much text the numbers rest on, by split; empty where an earlier version kept no documents."""
+        each = next((seed for arm in self.arms for seed in arm.finished if seed.documents), None)
+        return {} if each is None else {split: Scored.of(each.documents[split][1]) for split in SCORED}
 
     @cached_property
     def method(self) -> tuple[str, dict[str, float]]:
@@ -358,13 +363,14 @@ def read_cells(run_dir: Path) -> list[CellScores]:
     """The cells of a study that have a result, in its order, or the one of a run.
 
     Raises:
-        RunError: where there is nothing to report.
+        RunError: where there is nothing to report, or cells of one name were made from different things.
     """
     if not run_dir.is_dir():
         raise RunError(f"{run_dir} is not a folder; give the folder of a run or a comparison")
     cells = [cell for cell in cells_of(run_dir) if cell.reportable]
     if not cells:
         raise RunError(f"{run_dir} has no finished arm; there is nothing to report yet")
+    check_alike({cell.run_dir: settings_of(cell.run_dir) for cell in cells})
     return cells
 
 

@@ -305,14 +305,8 @@ def _notes(cell: CellScores) -> list[str]:
 
 def _scored(cell: CellScores) -> list[str]:
     """How much text the numbers rest on."""
-    each = next((seed for arm in cell.arms for seed in arm.finished if seed.documents), None)
-    if each is None:
-        return []
-    found = []
-    for split in ("validation", "test"):
-        tokens = each.documents[split][1]
-        found.append(f"{len(tokens):,} documents ({tokens.sum():,.0f} tokens) of {split}")
-    return [f"Scored: {' and '.join(found)}."]
+    found = summary.scored_words(cell)
+    return [f"Scored: {found}.", *summary.cautions(cell)] if found else []
 
 
 def _base_table(cell: CellScores) -> list[str]:

@@ -102,11 +102,20 @@ def _compute_ratio(cell: CellScores, arm: ArmScores) -> float | None:
     return statistics.fmean(ratios) if ratios and len(ratios) == len(results) else None
 
 
+def scored_words(cell: CellScores) -> str:
+    """How much text the table rests on; empty where it is not known."""
+    return "; ".join(f"of {split} {text}" for split, text in cell.scored.items())
+
+
+def cautions(cell: CellScores) -> list[str]:
+    """Splits of which few documents are scored."""
+    return [f"Caution: {said}." for split, text in cell.scored.items() if (said := text.caution(split))]
+
+
 def notices(cell: CellScores) -> list[str]:
-    """What the reader of the table must know: arms that did not adapt, and cost that differs."""
-    alike = [arm.alike for arm in cell.arms if arm.alike]
-    unequal = hint(cell)
-    return [*alike, *([] if unequal is None else [unequal])]
+    """What the reader of the table must know: what did not adapt, how few documents, what cost more."""
+    notes = [*[arm.alike for arm in cell.arms if arm.alike], *cautions(cell)]
+    return notes + ([] if (unequal := hint(cell)) is None else [unequal])
 
 
 def hint(cell: CellScores) -> str | None:
@@ -114,11 +123,12 @@ def hint(cell: CellScores) -> str | None:
     ratios = [ratio for arm in cell.arms if (ratio := _compute_ratio(cell, arm)) is not None]
     if not ratios or max(ratios) < 1.02:
         return None
-    return (
+    said = (
         "The arms spent different amounts of compute, so a lower perplexity here is no proof that repeating "
-        "pays. "
-        "`--match flops` gives every arm what the baseline costs."
+        "pays."
     )
+    advice = " `--match flops` gives every arm what the baseline costs."
+    return said if cell.unit == "flops" else said + advice
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -136,6 +146,7 @@ def _page(cell: CellScores, results: Sequence[ArmResult]) -> str:
         "",
     ]
     lines += [several, ""] if seeds > 1 else []
+    lines += [f"Scored: {scored}.", ""] if (scored := scored_words(cell)) else []
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join([markdown(name), *cells]) + " |" for name, *cells in rows(cell)]
     lines += ["", *_troubles(results)]

@@ -2,54 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
-
-from iterbatch.records.layout import TRACKING
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 
-def make_accelerator(
-    precision: str,
-    trackers: Sequence[str] = (),
-    folder: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Accelerator:
+def make_accelerator(precision: str) -> Accelerator:
     """Accelerate with the precision of this run, whatever an earlier run of this process had.
 
     Args:
         precision: ``no``, ``bf16`` or ``fp16``.
-        trackers: Names that Accelerate knows.
-        folder: Where they write.
-        settings: Of the run, for them.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     # Precision is global to a process in Accelerate; runs of one process may differ.
     AcceleratorState._reset_state()
-    names: Any = list(trackers) or None
-    accelerator = Accelerator(
-        mixed_precision=precision, log_with=names, project_dir=None if folder is None else str(folder)
-    )
-    if trackers:
-        plain = {
-            name: value if isinstance(value, int | float | str) else str(value)
-            for name, value in (settings or {}).items()
-        }
-        accelerator.init_trackers(TRACKING, config=plain)
-    return accelerator
+    return Accelerator(mixed_precision=precision, cpu=_on_cpu())
 
 
 def _state() -> PartialState:
     """Accelerate's view of the processes, whichever of it and the Accelerator is asked for first."""
     from accelerate import PartialState
+
+    return PartialState(cpu=_on_cpu())
+
+
+def _on_cpu() -> bool:
+    """Whether several processes share a machine without an accelerator: Accelerate wants to be told so."""
+    import torch
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    several = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
 
 
 def is_main() -> bool:

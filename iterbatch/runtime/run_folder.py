@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from iterbatch.config import LAST, BenchConfig
-from iterbatch.errors import RunError
+from iterbatch.errors import RunError, typed
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records.layout import CONFIG, HOLDER, LOCK
 from iterbatch.records.read import read_config
@@ -83,8 +83,8 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise RunError(
-            f"{folder} exists already; resume it by --resume {folder}, replace it by --overwrite, or give "
-            "another --run_name"
+            f"{folder} exists already; resume it by {typed('--resume', folder)}, replace it by --overwrite, "
+            "or give another --run_name"
         )
     if not (folder / CONFIG).exists():
         raise RunError(
@@ -107,13 +107,20 @@ def _check_same_experiment(config: BenchConfig, folder: Path) -> None:
     changed = [
         f"--{key} was {then.get(key)}, now {value}"
         for key, value in now.items()
-        if key not in RESUMABLE and then.get(key) != value
+        if key not in RESUMABLE and then.get(key) != value and not _same_place(key, then.get(key), value)
     ]
     if changed:
         raise RunError(
             f"{folder} was made with other settings, its arms could not be compared: {'; '.join(changed)}. "
             "Give another --run_name"
         )
+
+
+def _same_place(key: str, then: object, now: object) -> bool:
+    """Whether two words for a place mean the same."""
+    if key not in ("data_dir", "model_name") or then is None or now is None:
+        return False
+    return Path(str(now)).exists() and Path(str(then)).resolve() == Path(str(now)).resolve()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,12 @@ def test_every_strategy_on_real_text_leaves_everything(real_text, tmp_path, sour
     assert [
         file for file in expected if not (run_dir / file).is_file() or not (run_dir / file).stat().st_size
     ] == []
-    assert list((run_dir / "tracking").rglob("events.out.tfevents*"))
+    tracked = {file.parent for file in (run_dir / "tracking").rglob("events.out.tfevents*")}
+    assert tracked == {
+        run_dir / "tracking" / strategy / f"seed{seed}"
+        for strategy in StrategyConfig().strategies
+        for seed in (0, 1)
+    }
 
     rows = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     assert [(row["strategy"], row["seed"]) for row in rows] == [
@@ -131,7 +136,8 @@ def test_every_strategy_on_real_text_leaves_everything(real_text, tmp_path, sour
     assert places == sorted(places)  # in the order they were asked for
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["data"]["documents"]["train"] > 100
-    assert len(manifest["data"]["sha256"]) == 64
+    assert {*manifest["origin"]["text"]} == {"train", "validation", "test"}
+    assert len(manifest["origin"]["weights"]) == len(manifest["origin"]["tokenizer"]) == 64
     assert manifest["data"]["order_sha256"]["0"] != manifest["data"]["order_sha256"]["1"]
 
 

@@ -5,7 +5,16 @@ import torch
 
 from campaigns import bad_input
 
-CASES = {"study": 80, "report": 20, "flags": 150, "yaml": 150, "data": 120, "model": 60, "run": 20}
+CASES = {
+    "study": 80,
+    "report": 20,
+    "flags": 150,
+    "yaml": 150,
+    "data": 120,
+    "rows": 60,
+    "model": 60,
+    "run": 20,
+}
 
 
 @pytest.fixture(scope="module")

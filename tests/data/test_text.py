@@ -3,10 +3,11 @@ import json
 import numpy as np
 import pytest
 
+from iterbatch.data.blocks import Blocks, prepare_blocks
 from iterbatch.data.corpus import read_corpus
-from iterbatch.data.data_loader import BatchStream, block_order, order_digest, prepare_blocks
+from iterbatch.data.data_loader import BatchStream, block_order, order_digest
 from iterbatch.data.documents import Document, Documents
-from iterbatch.data.forms import detokenize_wikitext, row_text, wikitext_articles
+from iterbatch.data.wikitext import detokenize_wikitext, wikitext_articles
 from iterbatch.data.windows import prepare_eval
 from iterbatch.errors import DataError
 
@@ -56,38 +57,6 @@ def test_every_wikitext_article_is_found(real_text):
     )  # less one end-of-line token a line
 
 
-@pytest.mark.parametrize(
-    ("row", "text"),
-    [
-        ({"text": "a\nb"}, "a\nb"),
-        (
-            {"id": 1, "turns": [{"speaker": "A", "text": "hi"}, {"speaker": "B", "text": "ho"}]},
-            "A: hi\nB: ho",
-        ),
-        ({"dialogue": ["hi", "ho"], "speakers": ["Ann", "Bob"]}, "Ann: hi\nBob: ho"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "user: hi"),
-        ({"text": None}, ""),
-    ],
-)
-def test_rows(row, text):
-    assert row_text(row) == text
-
-
-def test_messages_use_the_chat_template():
-    assert (
-        row_text({"messages": [{"role": "user", "content": "hi"}]}, lambda turns: f"<{turns[0]['content']}>")
-        == "<hi>"
-    )
-
-
-@pytest.mark.parametrize(
-    "row", [{"body": "x"}, {"turns": [{"who": "A"}]}, {"dialogue": ["a"], "speakers": ["A", "B"]}]
-)
-def test_rows_that_cannot_be_read(row):
-    with pytest.raises(DataError, match=r"fields|dialogue cannot be read"):
-        row_text(row)
-
-
 # -- files ------------------------------------------------------------------------------------------- -----
 
 
@@ -105,34 +74,19 @@ def _jsonl(rows):
 ROWS = [{"text": f"Document {number}."} for number in range(20)]
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet", "tokens"])
-def test_every_format_reads(tmp_path, kind):
-    texts = [row["text"] for row in ROWS]
-    if kind == "txt":
-        _write(tmp_path, "book.txt", "\n\n".join(texts))
-    elif kind == "jsonl":
-        _write(tmp_path, "rows.jsonl", _jsonl(ROWS))
-    elif kind == "csv":
-        _write(tmp_path, "rows.csv", "text\n" + "\n".join(texts))
-    elif kind == "tokens":
-        _write(
-            tmp_path,
-            "wiki.train.tokens",
-            "".join(f" \n = Title {n} = \n \n Words , here . \n" for n in range(20)),
-        )
-    else:
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
-    corpus = read_corpus("mine", data_dir=tmp_path)
-    assert {split: len(documents) for split, documents in corpus.splits.items()} == {
-        "train": 16,
-        "validation": 2,
-        "test": 2,
-    }
-    assert any("held out" in note for note in corpus.notes)
-    assert corpus.digest() == read_corpus("mine", data_dir=tmp_path).digest()
+def test_text_and_wikitext_read(tmp_path):
+    _write(tmp_path / "a", "book.txt", "\n\n".join(row["text"] for row in ROWS))
+    articles = "".join(f" \n = Title {n} = \n \n Words , here . \n" for n in range(20))
+    _write(tmp_path / "b", "wiki.train.tokens", articles)
+    for folder in ("a", "b"):
+        corpus = read_corpus("mine", data_dir=tmp_path / folder)
+        assert {split: each.documents for split, each in corpus.splits.items()} == {
+            "train": 16,
+            "validation": 2,
+            "test": 2,
+        }
+        assert any("held out" in note for note in corpus.notes)
+        assert corpus.digest() == read_corpus("mine", data_dir=tmp_path / folder).digest()
 
 
 def test_splits_by_name_in_files_and_folders(tmp_path):
@@ -158,7 +112,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
         ("a.txt", b"caf\xe9 au lait", "not UTF-8: byte 0xe9 near byte 3"),
         ("a.jsonl", '{"text": "fine"}\n{"text": broken}\n', "line 2: not valid JSON"),
         ("a.jsonl", '{"text": "fine"}\n[1, 2]\n', "line 2: a list where an object"),
-        ("a.jsonl", '{"body": "x"}\n', r"have the fields \['body'\]"),
+        ("a.jsonl", '{"body": "x"}\n', r"have the fields \['body'\]; one of them must be 'text'"),
         ("a.parquet", b"not parquet", "cannot be read as parquet"),
         ("a.docx", b"x", "holds no file with one of the endings"),
         ("only-test.jsonl", '{"text": "x"}\n', "no training text"),
@@ -186,12 +140,13 @@ DOCUMENTS = [
 ]
 
 
-def test_blocks_are_the_documents_each_ended_with_eos(tokenizer):
-    blocks = prepare_blocks(DOCUMENTS, tokenizer, 16, data_key="blocks-test")
+def test_blocks_are_the_documents_from_bos_to_eos(tokenizer):
+    blocks = prepare_blocks(DOCUMENTS, tokenizer, 16, data_key="blocks-test").ids
     expected = [
         token
         for document in DOCUMENTS
         for token in [
+            tokenizer.bos_token_id,
             *tokenizer(document.text, add_special_tokens=False)["input_ids"],
             tokenizer.eos_token_id,
         ]
@@ -200,10 +155,11 @@ def test_blocks_are_the_documents_each_ended_with_eos(tokenizer):
     assert blocks.flatten().tolist() == expected[: blocks.size]
     assert isinstance(blocks, np.memmap)
     assert (
-        prepare_blocks([], tokenizer, 16, data_key="blocks-test").tolist() == blocks.tolist()
+        prepare_blocks([], tokenizer, 16, data_key="blocks-test").ids.tolist() == blocks.tolist()
     )  # found again, not made again
     assert (
-        prepare_blocks(DOCUMENTS, tokenizer, 16, 100, data_key="blocks-test").tolist() == blocks[:6].tolist()
+        prepare_blocks(DOCUMENTS, tokenizer, 16, 100, data_key="blocks-test").ids.tolist()
+        == blocks[:6].tolist()
     )
 
 
@@ -221,7 +177,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_every_block_once_an_epoch_and_the_cursor_goes_on():
-    blocks = np.arange(11 * 4).reshape(11, 4)
+    blocks = Blocks.of(np.arange(11 * 4).reshape(11, 4))
     stream = BatchStream(blocks, batch_size=2, grad_accum=2, seed=3)
     batches = [next(stream) for _ in range(2 * stream.batches_per_epoch)]
     for epoch in (0, 1):
@@ -243,7 +199,7 @@ def test_every_block_once_an_epoch_and_the_cursor_goes_on():
 
 
 def test_processes_share_a_batch_without_loss():
-    blocks = np.arange(7 * 4).reshape(7, 4)
+    blocks = Blocks.of(np.arange(7 * 4).reshape(7, 4))
     whole = BatchStream(blocks, batch_size=4, grad_accum=1, seed=3)
     halves = [BatchStream(blocks, batch_size=2, grad_accum=1, seed=3, rank=rank, world=2) for rank in (0, 1)]
     for _ in range(whole.batches_per_epoch):
@@ -252,13 +208,66 @@ def test_processes_share_a_batch_without_loss():
         assert len(parts[0].micro_batches) == len(parts[1].micro_batches)
 
 
+def test_batches_have_labels_where_the_loss_is():
+    ids = np.arange(1, 9).reshape(2, 4)
+    blocks = Blocks(ids, np.array([[True, False, True, False], [False, False, False, True]]))
+    batch = next(BatchStream(blocks, batch_size=2, grad_accum=1, seed=0))
+    labels = {row[0]: each for row, each in zip(batch.micro_batches[0].input_ids.tolist(), batch.micro_batches[0].labels.tolist(), strict=True)}  # fmt: skip # noqa: E501
+    assert labels == {1: [-100, 3, -100, -100], 5: [-100, -100, 8, -100]}
+    assert batch.label_tokens == blocks.label_tokens().sum() == 2
+
+
+def test_blocks_without_a_label_are_left_out(tokenizer):
+    silent = Document.of("No loss here at all. " * 20, trained=())
+    documents = [silent, *DOCUMENTS[:3], silent]
+    blocks = prepare_blocks(documents, tokenizer, 8)
+    assert blocks.label_tokens().min() >= 1
+    labels = sum(
+        len(tokenizer(each.text, add_special_tokens=False)["input_ids"]) + 1 for each in DOCUMENTS[:3]
+    )
+    assert blocks.trained.sum() == labels
+    with pytest.raises(DataError, match="the loss is on no token"):
+        prepare_blocks([silent], tokenizer, 8)
+
+
 def test_eval_text_is_whole_documents_up_to_the_cap(tokenizer):
     text = prepare_eval(DOCUMENTS, tokenizer, 16, max_tokens=50)
     assert text.tokens >= 50
     assert sum(window.scored for window in text.windows) == text.tokens
-    assert text.words == sum(document.words for document in DOCUMENTS[: text.documents])
     with pytest.raises(DataError, match="no tokens"):
         prepare_eval([], tokenizer, 16)
+
+
+def test_a_long_document_is_cut_at_the_cap(tokenizer):
+    long = Document.of("A word and another one. " * 500)
+    text = prepare_eval([DOCUMENTS[0], long, DOCUMENTS[1]], tokenizer, 16, max_tokens=200)
+    assert text.cut
+    assert text.documents == 2
+    assert text.all_tokens == 200
+    assert text.tokens == 201  # and the end of the first
+    assert text.words == pytest.approx(DOCUMENTS[0].words + (200 - text.document_tokens[0]) / 6 * 5, rel=0.1)
+    assert not prepare_eval([DOCUMENTS[0]], tokenizer, 16, max_tokens=200).cut
+
+
+def test_how_many_documents_of_one_length_say_as_much(tokenizer):
+    assert prepare_eval(DOCUMENTS[:1] * 7, tokenizer, 16).counts.effective_documents == pytest.approx(7)
+    uneven = prepare_eval([*DOCUMENTS[:6], Document.of("A word and another one. " * 500)], tokenizer, 16)
+    assert 1 < uneven.counts.effective_documents < 1.2
+
+
+def test_a_long_document_lies_in_one_split(tmp_path, monkeypatch):
+    monkeypatch.setattr("iterbatch.data.documents.PIECE", 1000)
+    rows = [{"text": f"Document {number}. " * (200 if number == 7 else 1)} for number in range(20)]
+    _write(tmp_path, "rows.jsonl", _jsonl(rows))
+    splits = read_corpus("x", data_dir=tmp_path).splits
+    assert {split: each.documents for split, each in splits.items()} == {
+        "train": 16,
+        "validation": 2,
+        "test": 2,
+    }
+    with_it = [split for split, each in splits.items() if any("Document 7." in piece.text for piece in each)]
+    assert len(with_it) == 1
+    assert sum(len(each) for each in splits.values()) > 20
 
 
 def test_a_long_text_is_handled_in_pieces_and_loses_nothing(tmp_path, tokenizer, monkeypatch):
@@ -277,7 +286,7 @@ def test_a_long_text_is_handled_in_pieces_and_loses_nothing(tmp_path, tokenizer,
     assert sum(document.bytes for document in documents) == len(lines)
     blocks = prepare_blocks(documents, tokenizer, 8)
     assert (
-        blocks == tokenizer.eos_token_id
+        blocks.ids == tokenizer.eos_token_id
     ).sum() <= 1  # pieces that go on with each other have none between them
 
 

@@ -9,7 +9,7 @@ import pytest
 import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.data.documents import Document
-from iterbatch.data.forms import wikitext_articles, wikitext_document
+from iterbatch.data.wikitext import wikitext_articles, wikitext_document
 from iterbatch.data.windows import prepare_eval
 from iterbatch.evaluation.perplexity import score
 from iterbatch.evaluation.trained import load_trained

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from iterbatch.checks import make_config
+from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.evaluation.memorisation import groups, memorised, passes_of_blocks
+from iterbatch.model.base import load_base
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import load_base, load_model
 from iterbatch.model.lora import copy_adapter, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.records.record import BatchRecord
 from iterbatch.runtime.processes import make_accelerator
 
@@ -18,7 +20,7 @@ def _record(batch, done, revisited=()):
 
 
 def test_passes_are_counted_where_they_were_made():
-    stream = BatchStream(np.arange(40).reshape(8, 5), batch_size=2, grad_accum=1, seed=3)
+    stream = BatchStream(Blocks.of(np.arange(40).reshape(8, 5)), batch_size=2, grad_accum=1, seed=3)
     order = [stream.rows_of(index) for index in range(4)]
     passes = passes_of_blocks([_record(0, 3), _record(1, 1), _record(2, 1, revisited=[0, 1])], stream)
     assert passes[order[0]].tolist() == [4, 4]
@@ -40,7 +42,7 @@ def test_what_was_repeated_fell_further(tiny):
     model = load_model(load_base(config), config.model)
     reset_adapter(model, seed=1)
     cut, accelerator = CutModel(model), make_accelerator("no")
-    blocks = np.random.default_rng(0).integers(3, 4000, (8, 33))
+    blocks = Blocks.of(np.random.default_rng(0).integers(3, 4000, (8, 33)))
     passes = np.array([9, 9, 9, 9, 1, 1, 1, 1])
     before = memorised(cut, model, blocks, passes, accelerator, 4)
     assert before["most"].loss == pytest.approx(before["most"].base_loss)  # nothing trained yet
@@ -48,7 +50,7 @@ def test_what_was_repeated_fell_further(tiny):
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(12):  # on the first group alone
-        ids = torch.tensor(blocks[:4])
+        ids = torch.tensor(blocks.ids[:4])
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

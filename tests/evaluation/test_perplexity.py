@@ -10,8 +10,9 @@ from iterbatch.data.documents import Document
 from iterbatch.data.windows import EvalText, prepare_eval, rolling_windows
 from iterbatch.evaluation.generate import distinct, repetition, text_metrics
 from iterbatch.evaluation.perplexity import Score, score
+from iterbatch.model.base import load_base
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import load_base, load_model
+from iterbatch.model.weights import load_model
 from iterbatch.runtime.processes import make_accelerator
 
 TEXTS = [
@@ -38,9 +39,9 @@ def text(tokenizer):
 
 
 def test_perplexity_by_hand_on_unequal_lengths_with_padding(model, cut, tokenizer, text):
-    nats, tokens = 0.0, 0
-    for document in TEXTS:  # each document alone, unpadded, window by window
-        ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+    nats, ends, tokens = 0.0, 0.0, 0
+    for document in TEXTS:  # each document alone, unpadded, window by window, to its end
+        ids = [*tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         tokens += len(ids)
         for start in range(0, len(ids), 32):
             end = min(start + 32, len(ids))
@@ -48,13 +49,17 @@ def test_perplexity_by_hand_on_unequal_lengths_with_padding(model, cut, tokenize
             context = [tokenizer.bos_token_id, *ids[: end - 1]] if not start else ids[first - 1 : end - 1]
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([context]), use_cache=False).logits[0]
-            nats += functional.cross_entropy(
-                logits[-(end - start) :].double(), torch.tensor(ids[start:end]), reduction="sum"
-            ).item()
+            losses = functional.cross_entropy(
+                logits[-(end - start) :].double(), torch.tensor(ids[start:end]), reduction="none"
+            )
+            nats += losses.sum().item()
+        ends += losses[-1].item()
     result = score(cut, text, make_accelerator("no"), batch_size=3, pad_id=tokenizer.pad_token_id)
     assert result.tokens == tokens
     assert result.nats == pytest.approx(nats, rel=1e-6)
     assert result.ppl == pytest.approx(math.exp(nats / tokens), rel=1e-6)
+    assert result.end_nats == pytest.approx(ends, rel=1e-6)
+    assert result.word_ppl == pytest.approx(math.exp((nats - ends) / result.words), rel=1e-6)
     assert result.words == sum(
         len(re.split(r"\s+", document)) for document in TEXTS
     )  # as lm-evaluation-harness counts
@@ -67,9 +72,9 @@ def test_perplexity_by_hand_on_unequal_lengths_with_padding(model, cut, tokenize
 def test_result_does_not_depend_on_batch_size_or_padding_side(cut, text, batch_size, side):
     accelerator = make_accelerator("no")
     reference = score(cut, text, accelerator, batch_size=1, pad_id=2)
-    assert score(
-        cut, text, accelerator, batch_size=batch_size, pad_id=2, padding_side=side
-    ).nats == pytest.approx(reference.nats, rel=1e-6)
+    found = score(cut, text, accelerator, batch_size=batch_size, pad_id=2, padding_side=side)
+    assert found.nats == pytest.approx(reference.nats, rel=1e-6)
+    assert found.end_nats == pytest.approx(reference.end_nats, rel=1e-6)
 
 
 def test_result_does_not_depend_on_packing(cut, tokenizer, text):

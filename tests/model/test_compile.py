@@ -10,13 +10,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from iterbatch.checks import make_config
 from iterbatch.data.batch import MicroBatch
+from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ModelError
 from iterbatch.model.attention import NAME, attend
+from iterbatch.model.base import load_base
 from iterbatch.model.compiled import compiled
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import load_base, load_model
 from iterbatch.model.lora import adapter_parameters
+from iterbatch.model.weights import load_model
 from iterbatch.runtime.processes import make_accelerator
 
 
@@ -55,7 +57,7 @@ def test_compiled_layers_give_the_same_gradients_and_compile_for_one_shape(tiny)
     accelerator = make_accelerator("no")
     cut = accelerator.prepare_model(CutModel(model))
     blocks = np.random.default_rng(0).integers(3, 4000, (4, 32))
-    micro = next(BatchStream(blocks, 4, 1, seed=0)).micro_batches[0]
+    micro = next(BatchStream(Blocks.of(blocks), 4, 1, seed=0)).micro_batches[0]
 
     def gradients():
         nats = cut(cut.prefix(micro), micro).sum()

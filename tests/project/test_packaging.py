@@ -80,6 +80,9 @@ def test_readme_commands(name):
         "workers",
         "effect",
         "mauve",
+        "to",
+        "merge",
+        "push_to_hub",
     }
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
         assert (ROOT / target).exists(), target

@@ -14,11 +14,13 @@ import iterbatch
 from iterbatch.bench import prepare
 from iterbatch.checks import make_config
 from iterbatch.data.batch import IGNORED, Batch, MicroBatch
+from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ConfigError
+from iterbatch.model.base import load_base
 from iterbatch.model.cut import CutModel
-from iterbatch.model.load import load_base, load_model
 from iterbatch.model.lora import adapter_parameters, copy_adapter, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.records.record import BatchRecord, EvalRecord, read_records
 from iterbatch.reuse.prefetch import Prefetch
 from iterbatch.reuse.prefix import PrefixSource
@@ -139,7 +141,7 @@ def test_losses_and_adapters_equal_a_twin_without_any_reuse(
     flags = {"lora_layers": layers, "gradient_checkpointing": checkpointing}
 
     def stream():
-        return BatchStream(blocks, batch_size=2, grad_accum=accumulate, seed=3)
+        return BatchStream(Blocks.of(blocks), batch_size=2, grad_accum=accumulate, seed=3)
 
     batches = 2 * stream().batches_per_epoch
     expected, adapter = _twin(_model(name, **flags), stream(), batches)
@@ -163,7 +165,7 @@ def test_gradients_equal_a_twins_to_rounding(three, tmp_path):
     blocks, gradients = _blocks(4), []
     model = _model(three, lora_layers="top:1")
     source, store = _store(model, tmp_path / "store", blocks)
-    cut, micro = source.model, next(BatchStream(blocks, 4, 1, seed=0)).micro_batches[0]
+    cut, micro = source.model, next(BatchStream(Blocks.of(blocks), 4, 1, seed=0)).micro_batches[0]
     for hidden in (
         source.fetch(micro)[0],
         (source.settle(), source.fetch(micro)[0])[1],
@@ -197,7 +199,7 @@ def test_repeats_start_from_the_kept_activations(three, reuse, rows):
     model = _model(three, lora_layers="top:1")
     source = PrefixSource(CutModel(model), torch.device("cpu"))
     step, computed = _step(model, source, reuse=reuse), _counted(source)
-    batch = next(BatchStream(_blocks(), 2, 1, seed=0))
+    batch = next(BatchStream(Blocks.of(_blocks()), 2, 1, seed=0))
     step(batch)
     step.again(), step.again()
     assert computed == rows
@@ -212,7 +214,7 @@ def test_repeats_start_from_the_kept_activations(three, reuse, rows):
 def test_probe_text_is_computed_once_and_its_scores_cost_the_adapted_part(three):
     model = _model(three, lora_layers="top:1")
     source = PrefixSource(CutModel(model), torch.device("cpu"))
-    stream = BatchStream(_blocks(20), 4, 1, seed=0, aside=np.arange(0, 20, 5))
+    stream = BatchStream(Blocks.of(_blocks(20)), 4, 1, seed=0, aside=np.arange(0, 20, 5))
     step, computed = _step(model, source, extras=Extras(stream.pieces())), _counted(source)
     assert [piece.rows for piece in stream.pieces()] == [2, 2]
     losses = [step.probe(number) for number in (0, 1, 2, 3)]
@@ -241,7 +243,7 @@ def test_probe_text_is_computed_once_and_its_scores_cost_the_adapted_part(three)
 def test_a_limited_store_serves_some_rows_of_a_batch_and_the_others_are_computed(three, tmp_path):
     model, blocks = _model(three, lora_layers="top:1"), _blocks(10)
     source, store = _store(model, tmp_path / "store", blocks, limit=6 * LENGTH * 32 * 4)
-    stream = BatchStream(blocks, 2, 2, seed=0)
+    stream = BatchStream(Blocks.of(blocks), 2, 2, seed=0)
     step, computed = _step(model, source), _counted(source)
     for _ in range(stream.batches_per_epoch):
         step(next(stream))
@@ -267,7 +269,7 @@ def test_each_arm_pays_as_if_it_ran_alone(three, tmp_path):
         source, store = _store(model, tmp_path / "store", blocks)
         step = _step(model, source)
         computed.append(_counted(source))
-        results.append(_train(step, BatchStream(blocks, 2, 1, seed=0), 10))
+        results.append(_train(step, BatchStream(Blocks.of(blocks), 2, 1, seed=0), 10))
         ledgers.append(step.ledger)
         recorded = sum(store._index["seconds"])
         store.close()
@@ -287,9 +289,11 @@ def test_a_bf16_store_gives_an_arm_the_same_results_whoever_filled_it(three, tmp
     for _ in range(2):
         model = _model(three, lora_layers="top:1")
         source, store = _store(model, tmp_path / "store", blocks, dtype="bfloat16")
-        results.append(_train(_step(model, source), BatchStream(blocks, 2, 1, seed=0), 10))
+        results.append(_train(_step(model, source), BatchStream(Blocks.of(blocks), 2, 1, seed=0), 10))
         store.close()
-    exact, _ = _train(_step(_model(three, lora_layers="top:1")), BatchStream(blocks, 2, 1, seed=0), 10)
+    exact, _ = _train(
+        _step(_model(three, lora_layers="top:1")), BatchStream(Blocks.of(blocks), 2, 1, seed=0), 10
+    )
     assert results[0][0] == results[1][0] != exact
     assert results[0][0] == pytest.approx(exact, rel=0.01)
 
@@ -307,7 +311,7 @@ def test_packed_blocks_attend_without_a_mask_and_backward_ends_at_the_lowest_ada
         lambda q, k, v, **o: (calls.append((o.get("attn_mask"), o["is_causal"])), real(q, k, v, **o))[1],
     )
     model = _model(three, lora_layers="top:1")
-    cut, micro = CutModel(model), next(BatchStream(_blocks(), 2, 1, seed=0)).micro_batches[0]
+    cut, micro = CutModel(model), next(BatchStream(Blocks.of(_blocks()), 2, 1, seed=0)).micro_batches[0]
     calls.clear()  # of the token that is written when a model is loaded
     hidden = cut.prefix(micro)
     nats = cut(hidden, micro).sum()
@@ -319,7 +323,7 @@ def test_packed_blocks_attend_without_a_mask_and_backward_ends_at_the_lowest_ada
 
 def test_the_deciding_loss_is_the_only_thing_read_off_the_device_in_a_pass(three, monkeypatch):
     model = _model(three, lora_layers="top:1")
-    step, stream = _step(model), BatchStream(_blocks(), 2, 2, seed=0)
+    step, stream = _step(model), BatchStream(Blocks.of(_blocks()), 2, 2, seed=0)
     step(next(stream))
     batch, reads = next(stream).to(torch.device("cpu")), []
     for name in ("tolist", "item", "__bool__", "__float__", "__int__", "cpu", "numpy"):
@@ -338,9 +342,9 @@ def test_the_deciding_loss_is_the_only_thing_read_off_the_device_in_a_pass(three
 def test_prefetch_hands_out_the_streams_batches_and_reads_what_is_stored(three, tmp_path):
     model, blocks = _model(three, lora_layers="top:1"), _blocks(6)
     source, store = _store(model, tmp_path / "store", blocks)
-    plain = BatchStream(blocks, 2, 1, seed=0)
+    plain = BatchStream(Blocks.of(blocks), 2, 1, seed=0)
     for threaded in (False, True):
-        prefetch = Prefetch(BatchStream(blocks, 2, 1, seed=0), source)
+        prefetch = Prefetch(BatchStream(Blocks.of(blocks), 2, 1, seed=0), source)
         if threaded:  # as on a GPU
             from concurrent.futures import ThreadPoolExecutor
 
@@ -447,11 +451,8 @@ def test_a_run_is_the_same_with_every_kind_of_reuse_and_cheaper(quick, monkeypat
     assert rows["filling"]["baseline", 0]["seconds_saved"] > 0
     assert rows["filling"]["baseline", 0]["seconds_charged"] == 0
     assert rows["filling"]["abr", 0]["seconds_charged"] > 0
-    blocks = 16 * 32 + sum(
-        json.loads((runs["off"] / "manifest.json").read_text(encoding="utf-8"))["plan"][
-            "eval_tokens"
-        ].values()
-    )
+    plan = json.loads((runs["off"] / "manifest.json").read_text(encoding="utf-8"))["plan"]
+    blocks = 16 * 32 + sum(text["tokens"] for text in plan["scored"].values())
     assert rows["filled"]["abr", 0]["store_gb"] == pytest.approx(blocks * 32 * 4 / 1e9, rel=0.25)
     assert len(list((tmp_path / "cache" / "activations").iterdir())) == 3
     assert "## Frozen prefix reused" in (runs["filled"] / "summary.md").read_text(encoding="utf-8")
@@ -512,8 +513,8 @@ def test_an_empty_batch_for_company_is_not_stored(three, tmp_path):
     """Of several processes one may have no row of a short micro-batch: it computes one, and keeps nothing."""
     model, blocks = _model(three, lora_layers="top:1"), _blocks(3)
     source, store = _store(model, tmp_path / "store", blocks)
-    micro = next(BatchStream(blocks, 2, 1, seed=0, rank=1, world=2)).micro_batches[0]
-    lone = next(BatchStream(blocks[:1], 2, 1, seed=0, rank=1, world=2)).micro_batches[0]
+    micro = next(BatchStream(Blocks.of(blocks), 2, 1, seed=0, rank=1, world=2)).micro_batches[0]
+    lone = next(BatchStream(Blocks.of(blocks[:1]), 2, 1, seed=0, rank=1, world=2)).micro_batches[0]
     assert (len(micro.blocks), lone.blocks, lone.rows_in_all) == (1, (), 1)
     hidden, receipt = source.fetch(lone)
     source.settle()

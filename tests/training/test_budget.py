@@ -5,9 +5,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iterbatch.checks import make_config
 from iterbatch.data.batch import MicroBatch
+from iterbatch.model.base import load_base
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import FlopModel, flop_model
-from iterbatch.model.load import load_base, load_model
+from iterbatch.model.weights import load_model
 from iterbatch.training.budget import Allowance, Ledger
 
 ROWS, LENGTH = 2, 64

@@ -7,9 +7,11 @@ from torch.nn import functional
 
 from iterbatch.checks import make_config
 from iterbatch.data.batch import IGNORED, Batch, MicroBatch
+from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
-from iterbatch.model.load import load_base, load_model
+from iterbatch.model.base import load_base
 from iterbatch.model.lora import adapter_parameters, copy_adapter, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy.controls import FixedStrategy
 from iterbatch.strategy.original import ABRStrategy, BaselineStrategy
@@ -38,7 +40,7 @@ def parts(tiny):
 def test_baseline_equals_a_hand_written_loop_weight_for_weight(parts, tiny):
     model, make_step = parts
     tokens = blocks(22)  # the last batch of an epoch is short
-    stream = BatchStream(tokens, batch_size=2, grad_accum=2, seed=5)
+    stream = BatchStream(Blocks.of(tokens), batch_size=2, grad_accum=2, seed=5)
     batches = 2 * stream.batches_per_epoch
     step = make_step(batches)
     records = list(fit(BaselineStrategy(), stream, step))
@@ -51,7 +53,7 @@ def test_baseline_equals_a_hand_written_loop_weight_for_weight(parts, tiny):
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     losses = []
     for index, batch in zip(
-        range(batches), BatchStream(tokens, batch_size=2, grad_accum=2, seed=5), strict=False
+        range(batches), BatchStream(Blocks.of(tokens), batch_size=2, grad_accum=2, seed=5), strict=False
     ):
         fraction, rise = (index + 0.5) / batches, 0.5  # ten updates are more than half of this budget
         for group in optimizer.param_groups:
@@ -81,7 +83,7 @@ def test_baseline_equals_a_hand_written_loop_weight_for_weight(parts, tiny):
 
 def test_records_add_up_to_the_ledger(parts):
     _, make_step = parts
-    stream = BatchStream(blocks(12), batch_size=2, grad_accum=1, seed=0)
+    stream = BatchStream(Blocks.of(blocks(12)), batch_size=2, grad_accum=1, seed=0)
     step = make_step(12)
     records = list(fit(ABRStrategy(loss_threshold=3.0), stream, step))
     ledger = step.ledger
@@ -122,7 +124,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(parts):
 def test_a_repeat_starts_where_the_fresh_pass_ended(parts):
     _, make_step = parts
     step = make_step(4)
-    batch = next(BatchStream(blocks(4), 2, 1, seed=0))
+    batch = next(BatchStream(Blocks.of(blocks(4)), 2, 1, seed=0))
     first, second = step(batch), step.again()
     assert second < first
     assert step.again() < second
@@ -130,7 +132,7 @@ def test_a_repeat_starts_where_the_fresh_pass_ended(parts):
 
 def test_an_update_that_is_not_finite_is_skipped_counted_and_ends_the_arm_after_ten(parts):
     model, make_step = parts
-    stream = BatchStream(blocks(60), 2, 1, seed=0)
+    stream = BatchStream(Blocks.of(blocks(60)), 2, 1, seed=0)
     make_step(30)(next(stream))
     good = copy_adapter(model)
     head = model.get_output_embeddings()
@@ -169,7 +171,7 @@ def test_warmup_is_ten_updates_at_least_and_half_the_budget_at_most(warmup, pass
 @pytest.mark.parametrize("unit", ["epochs", "updates", "flops"])
 def test_no_pass_is_made_at_a_learning_rate_of_zero(parts, unit):
     _, make_step = parts
-    stream, rates = BatchStream(blocks(12), 2, 1, seed=0), []
+    stream, rates = BatchStream(Blocks.of(blocks(12)), 2, 1, seed=0), []
     amount = {"epochs": 6, "updates": 14.0, "flops": 6 * make_step(1).prices.fresh([(2, 16)])}[unit]
     step = make_step(Allowance(unit, amount, 6))
     real = step.passes.take_rate
@@ -181,7 +183,7 @@ def test_no_pass_is_made_at_a_learning_rate_of_zero(parts, unit):
 
 @pytest.mark.parametrize("layers", ["all", "top:1"])
 def test_checkpointing_changes_memory_not_gradients(tiny, layers):
-    batch, gradients = next(BatchStream(blocks(4), 4, 1, seed=0)), []
+    batch, gradients = next(BatchStream(Blocks.of(blocks(4)), 4, 1, seed=0)), []
     for checkpointing in (False, True):
         config = make_config(**tiny, gradient_checkpointing=checkpointing, lora_layers=layers)
         model = load_model(load_base(config), config.model)

@@ -10,9 +10,11 @@ from support.steps import make_step as step_over
 
 from iterbatch.checks import make_config
 from iterbatch.data.batch import Batch
+from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
-from iterbatch.model.load import load_base, load_model
+from iterbatch.model.base import load_base
 from iterbatch.model.lora import adapter_parameters, copy_adapter, reset_adapter
+from iterbatch.model.weights import load_model
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy import STRATEGIES, make_strategy
 from iterbatch.strategy.scheduler import VERSION, Probe
@@ -43,7 +45,7 @@ def make_step(tiny, request):
 
 
 def _batches(count, rows=2):
-    stream = BatchStream(blocks(count * rows), rows, 1, seed=0)
+    stream = BatchStream(Blocks.of(blocks(count * rows)), rows, 1, seed=0)
     return [next(stream) for _ in range(count)]
 
 
@@ -145,7 +147,7 @@ def test_the_noise_scale_is_that_of_the_rows_own_gradients(make_step):
     step = make_step(extras=Extras(noise=True), clip=1e9)
     assert math.isnan(step.noise_scale())
     rows = blocks(6)
-    batch = next(BatchStream(rows, 1, 6, seed=0))
+    batch = next(BatchStream(Blocks.of(rows), 1, 6, seed=0))
     gradients = []
     for micro in batch.micro_batches:  # before any update
         cut = step.passes.model
@@ -235,7 +237,7 @@ def test_no_arm_overspends_by_more_than_a_pass_and_all_end_decayed(make_step, na
     batch = _batches(1)[0]
     if unit == "flops":
         amount = 9.3 * make_step().prices.fresh(batch.shapes)
-    stream = BatchStream(blocks(24), 1, 2, seed=0, aside=np.array([4, 15]))
+    stream = BatchStream(Blocks.of(blocks(24)), 1, 2, seed=0, aside=np.array([4, 15]))
     extras = Extras(stream.pieces(), np.full(24, 3.0), noise=True)
     step = make_step(batches=6, unit=unit, amount=amount, batch_at=stream.batch, extras=extras)
     knobs = {"loss_threshold": 3.0, "max_repeats": 3, "placement": placement}

@@ -1,0 +1,93 @@
+"""What the headers of a base's weights say, before memory is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from iterbatch.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FLOATS = ("F32", "BF16", "F16")  # quantised weights have shapes of their own
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The base's own, in order; an adapter's beside them are none of it."""
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """SHA-256 over files, each by its own; empty where there is none."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest() if files else ""
+
+
+def check_headers(folder: Path, config: PretrainedConfig, hint: str) -> None:
+    """Compare a local folder's weights with its config.json.
+
+    Args:
+        folder: In Hugging Face format.
+        config: What its config.json says.
+        hint: What the user may do.
+
+    Raises:
+        ModelError: where they are not there, damaged, or do not fit.
+    """
+    files = weight_files(folder)
+    if not files:
+        pickled = (
+            "Pickled ones (*.bin) are not read: they can run code. Save the model again by save_pretrained"
+            if [*folder.glob("*.bin")]
+            else hint
+        )
+        raise ModelError(f"'{folder}' holds no weights (*.safetensors). {pickled}")
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            shapes |= _shapes(file)
+        except (SafetensorError, OSError) as problem:
+            raise ModelError(f"the weights {file} cannot be read: {first_line(problem)}. {hint}") from problem
+    problems = [
+        f"{name} is {shapes[name]}, not {wanted}"
+        for name in shapes
+        for end, wanted in _wanted(config)
+        if name.endswith(end) and shapes[name] != wanted
+    ]
+    layers = {int(match[1]) for name in shapes if (match := re.search(r"\blayers\.(\d+)\.", name))}
+    if layers and len(layers) != config.num_hidden_layers:
+        problems.append(f"they have {len(layers)} layers, not {config.num_hidden_layers}")
+    if problems:
+        raise ModelError(
+            f"the weights of '{folder}' do not fit its config.json: {'; '.join(problems[:3])}. {hint}"
+        )
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, framework="pt") as weights:
+        headers = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
+        return {name: each.get_shape() for name, each in headers.items() if each.get_dtype() in FLOATS}
+
+
+def _wanted(config: PretrainedConfig) -> list[tuple[str, list[int]]]:
+    """Shapes of weights by the ends of their names, as config.json has them."""
+    hidden, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    width = getattr(config, "head_dim", None) or hidden // max(1, heads)
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * width
+    return [
+        ("embed_tokens.weight", [config.vocab_size, hidden]),
+        ("q_proj.weight", [heads * width, hidden]),
+        ("k_proj.weight", [keys, hidden]),
+        ("v_proj.weight", [keys, hidden]),
+        ("gate_proj.weight", [inner, hidden]),
+        ("down_proj.weight", [hidden, inner]),
+    ]
