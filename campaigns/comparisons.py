@@ -1,7 +1,7 @@
 """Comparisons whose processes are killed, and must end as the comparison that was left alone.
 
     python -m campaigns.comparisons               # 60 kills
-    python -m campaigns.comparisons --kills 6     # what the test suite does
+    python -m campaigns.comparisons --kills 6     # four minutes
 
 A comparison of three arms by two seeds on a tiny model, by one, two or four workers. Its parent, a worker, or
 both get SIGKILL, SIGTERM, SIGINT or SIGSTOP at a moment drawn from the whole length of such a comparison, or
