@@ -42,7 +42,7 @@ TRACKERS = (
 )
 LAST = Path("last")  # what --resume without a folder stands for
 # These belong to one invocation, not to the experiment.
-NOT_SAVED = ("config", "run_name", "resume", "overwrite", "dry_run", "trust_remote_code")
+NOT_SAVED = ("config", "run_name", "resume", "overwrite", "dry_run", "quiet", "trust_remote_code")
 
 Match = Literal["epochs", "flops", "updates", "tokens", "seconds"]
 LossOn = Literal["all", "assistant", "completion"]
@@ -500,6 +500,7 @@ class RunConfig:
     dry_run: Annotated[
         bool, Knob("Resolve everything, print it with the planned cost, and train nothing.")
     ] = False
+    quiet: Annotated[bool, Knob("Print the result and what went wrong, nothing else.")] = False
     config: Annotated[Path | None, Knob("YAML file of flags; flags on the command line override it.")] = None
 
 

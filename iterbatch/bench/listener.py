@@ -22,6 +22,9 @@ class Listener:
     def batch_done(self, record: BatchRecord, fraction: float) -> None:
         """A batch has been trained; ``fraction`` of the arm's budget is spent."""
 
+    def doing(self, what: str) -> None:
+        """The arm is not training for a while: what it does instead."""
+
     def evaluated(self, record: EvalRecord) -> None:
         """An evaluation has been made."""
 

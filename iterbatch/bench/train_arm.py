@@ -251,7 +251,7 @@ def _train(job: Job, parts: ArmParts) -> None:
     if training.on_divergence == "rollback":
         parts.points.between_batches()  # there is always one to return to
     while progress.stopped is None:
-        reason = _until_diverged(job.shared, parts)
+        reason = _until_diverged(job, parts)
         if reason is None:
             break
         forgiven = training.on_divergence == "rollback" and ledger.rollbacks < ROLLBACKS
@@ -260,12 +260,13 @@ def _train(job: Job, parts: ArmParts) -> None:
     parts.points.between_batches()
 
 
-def _until_diverged(shared: Shared, parts: ArmParts) -> str | None:
+def _until_diverged(job: Job, parts: ArmParts) -> str | None:
     """Train until the budget is spent, evaluated at equal fractions of it.
 
     Or until the arm has diverged: then, why.
     """
-    training, step, progress, records = shared.config.training, parts.step, parts.progress, parts.records
+    shared, step, progress, records = job.shared, parts.step, parts.progress, parts.records
+    training = shared.config.training
     if progress.evaluated < 0:  # at the start every arm is the base, whose score is known
         records.evaluation(shared.validation, "validation", 0.0)
         progress.evaluated = 0
@@ -277,6 +278,7 @@ def _until_diverged(shared: Shared, parts: ArmParts) -> str | None:
         reached = _evaluations_due(step.allowance, step.ledger, training.evals)
         if reached > progress.evaluated:
             progress.evaluated = reached
+            job.listener.doing("scoring validation")
             score = shared.score("validation", parts.points.here)
             records.evaluation(score, "validation", reached / training.evals)
         parts.checkpoints.begin()
@@ -306,6 +308,7 @@ def _finish(job: Job, parts: ArmParts) -> None:
     """Score the end, write adapter and samples, and at last the result, which marks the arm as finished."""
     shared, folder, between = job.shared, job.folder, parts.points.here
     memory = peak_memory_mb()
+    job.listener.doing("scoring validation and test")
     scores = {split: shared.score(split, between) for split in ("validation", "test")}
     parts.records.evaluation(scores["test"], "test", 1.0)
     if not shared.accelerator.is_main_process:
@@ -325,6 +328,7 @@ def _finish(job: Job, parts: ArmParts) -> None:
         name: {"tokens": each.document_tokens, "nats": each.document_nats} for name, each in scores.items()
     }
     write_json(folder / layout.DOCUMENTS, documents)
+    job.listener.doing("writing samples")
     samples, tokenizer = shared.sample(between), shared.prepared.base.tokenizer
     content = {
         "prompts": [tokenizer.decode(prompt) for prompt in shared.prompts],

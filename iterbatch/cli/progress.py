@@ -1,6 +1,7 @@
 """What a person at a terminal sees before and while a run goes."""
 
 import math
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from iterbatch.bench.listener import Listener
@@ -24,27 +25,36 @@ from iterbatch.records.record import BatchRecord, EvalRecord
 from iterbatch.records.result import ArmResult
 from iterbatch.report.wording import plain
 
+WIDE = 100  # columns of a terminal that has room for more than loss and time left
+EVERY_S = 30.0  # seconds between two lines, where there is no terminal
+
 
 class RichListener(Listener):
-    """Live progress: one bar an arm with loss, repeats, tokens a second and time left."""
+    """Live progress: a bar an arm, with its loss and the time that is left.
+
+    Where nobody watches, as in a file, a line now and then instead.
+    """
 
     def __init__(self, console: Console, config: BenchConfig) -> None:
         self.console, self.config = console, config
         self.arms = len(config.strategy.strategies) * len(config.training.seeds)
+        wide = console.width >= WIDE
         self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
+            TextColumn("{task.description}", markup=False, table_column=_one_line(max_width=32)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
             TaskProgressColumn(),
-            TextColumn("{task.fields[shown]}", markup=False),
-            TimeElapsedColumn(),
+            TextColumn("{task.fields[shown]}", markup=False, table_column=_one_line()),
+            *([TimeElapsedColumn()] if wide else []),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=not wide),
             console=console,
+            disable=not console.is_terminal or config.run.quiet,
+            expand=True,
         )
         self.run_dir: Path | None = None  # when it is known
-        self._started = 0
-        self._task = TaskID(0)
+        self._wide, self._started, self._name, self._task = wide, 0, "", TaskID(0)
         self._tokens, self._seconds, self._passes, self._batches = 0, 0.0, 0, 0
+        self._begun = self._said = time.monotonic()
 
     def __enter__(self) -> "RichListener":
         self.progress.start()
@@ -53,20 +63,22 @@ class RichListener(Listener):
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
+    def _print(self, text: str, style: str = "") -> None:
+        if not self.config.run.quiet:
+            self.console.print(Text(plain(text), style=style))
+
     def note(self, message: str) -> None:
         """Print it above the bars."""
-        self.console.print(Text(f"note: {plain(message)}", style="yellow"))
+        self._print(f"note: {message}", "yellow")
 
     def planned(self, plan: Plan, run_dir: Path) -> None:
         """Print what is about to happen."""
         self.run_dir = run_dir
-        self.console.print(
-            Text(
-                f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trainable_parameters / 1e6:,.2f} M of "
-                f"them trained; {plan.blocks:,} blocks of {plan.max_length} tokens, "
-                f"loss on {_loss_on(plan)}; "
-                f"{plan.batches:,} batches an arm, {self.arms} arm(s); {at_work()}; to {run_dir}"
-            )
+        self._print(
+            f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trainable_parameters / 1e6:,.2f} M of "
+            f"them trained; {plan.blocks:,} blocks of {plan.max_length} tokens, "
+            f"loss on {_loss_on(plan)}; "
+            f"{plan.batches:,} batches an arm, {self.arms} arm(s); {at_work()}; to {run_dir}"
         )
         if (crowd := busy()) is not None:
             self.note(crowd)
@@ -74,9 +86,10 @@ class RichListener(Listener):
     def arm_started(self, strategy: str, seed: int) -> None:
         """Start its bar."""
         self._started += 1
-        name = plain(f"{strategy}, seed {seed} ({self._started}/{self.arms})")
-        self._task = self.progress.add_task(name, total=1.0, shown="")
+        self._name = plain(f"{strategy}, seed {seed} ({self._started}/{self.arms})")
+        self._task = self.progress.add_task(self._name, total=1.0, shown="")
         self._tokens, self._seconds, self._passes, self._batches = 0, 0.0, 0, 0
+        self._begun = self._said = time.monotonic()
 
     def batch_done(self, record: BatchRecord, fraction: float) -> None:
         """Move the bar."""
@@ -84,26 +97,43 @@ class RichListener(Listener):
         self._seconds += record.seconds
         self._passes += record.repeats_done
         self._batches += 1
-        rate = self._tokens / self._seconds if self._seconds else 0.0
-        mean = self._passes / self._batches
-        loss = f"loss {record.initial_loss:.3f}"
-        shown = f"batch {record.batch + 1} {loss} repeats {mean:.2f} {rate:,.0f} tok/s"
         if record.skipped_updates:
             self.note(f"batch {record.batch}: loss or gradient not finite, update skipped")
+        shown = f"loss {record.initial_loss:.3f}"
+        if self._wide:
+            rate = self._tokens / self._seconds if self._seconds else 0.0
+            shown = f"batch {record.batch + 1}  {shown}  {self._passes / self._batches:.2f} passes a batch"
+            shown += f"  {rate:,.0f} tokens/s"
         self.progress.update(self._task, completed=min(fraction, 1.0), shown=shown)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._said >= EVERY_S:
+            self._said = now
+            left = (now - self._begun) * (1 / fraction - 1) if 0 < fraction <= 1 else 0.0
+            self._print(f"{self._name}: {min(fraction, 1.0):.0%}, {shown}, {left:,.0f} s left")
+
+    def doing(self, what: str) -> None:
+        """Say so in the bar."""
+        self.progress.update(self._task, shown=what)
 
     def arm_done(self, result: ArmResult) -> None:
         """Leave its line with the result."""
-        ppl = f"{result.val_ppl:.3f}" if math.isfinite(result.val_ppl) else "not finite"
-        shown = f"validation perplexity {ppl}, repeats {result.mean_repeats:.2f}"
+        ppl = f"{result.val_ppl:,.3f}" if math.isfinite(result.val_ppl) else "not finite"
+        shown = f"val. perplexity {ppl}"
+        shown += f", {result.mean_repeats:.2f} passes a batch" if self._wide else ""
         self.progress.update(self._task, completed=1.0, shown=shown)
+        if not self.console.is_terminal:
+            self._print(f"{self._name}: {shown}, {time.monotonic() - self._begun:,.0f} s")
         if result.stopped:
             self.note(f"{result.strategy} stopped early: {result.stopped}")
 
     def evaluated(self, record: EvalRecord) -> None:
         """Show the first evaluation, the base's."""
         if record.fraction == 0 and self._started == 1:
-            self.console.print(Text(f"validation perplexity before training: {record.ppl:,.3f}"))
+            self._print(f"validation perplexity before training: {record.ppl:,.3f}")
+
+
+def _one_line(max_width: int | None = None) -> Column:
+    return Column(no_wrap=True, overflow="ellipsis", max_width=max_width)
 
 
 def at_work() -> str:

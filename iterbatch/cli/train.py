@@ -4,12 +4,13 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from iterbatch.cli.command import Words, exit_code
-from iterbatch.cli.progress import RichListener, plan_table
+from iterbatch.cli.progress import WIDE, RichListener, plan_table
 from iterbatch.config import BenchConfig
 from iterbatch.errors import UserError, typed
 from iterbatch.flags import TrainFlags, parse_config
@@ -66,11 +67,13 @@ def _train(config: BenchConfig, console: Console) -> int:
 
 def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
     """Table, what to keep in mind, the folder, and what to try next."""
-    table = Table(title="Result")
-    for column in summary.COLUMNS:
+    chosen = summary.COLUMNS if console.width >= WIDE else summary.NARROW
+    table = Table(title="Result", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column in chosen:
         table.add_column(column, justify="left" if column == "strategy" else "right", overflow="fold")
     for row in summary.rows(cell):
-        table.add_row(*(Text(plain(each)) for each in row))
+        shown = dict(zip(summary.COLUMNS, row, strict=True))
+        table.add_row(*(Text(plain(shown[column])) for column in chosen))
     console.print(table)
     if scored := summary.scored_words(cell):
         console.print(Text(f"Scored: {scored}."))

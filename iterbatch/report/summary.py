@@ -27,11 +27,12 @@ COLUMNS = (
     "test perplexity",
     "batches",
     "updates",
-    "mean repeats",
+    "passes a batch",
     "GFLOPs",
     "x baseline",
     "train seconds",
 )
+NARROW = ("strategy", "val. perplexity", "test perplexity", "passes a batch", "x baseline", "train seconds")
 SHOWN = 5  # samples on a page
 PICTURES = {"perplexity_flops": "ppl_vs_flops.png", "repeats": "repeats.png"}  # a figure to its file
 
