@@ -9,8 +9,9 @@ from typing import Any
 from iterbatch.config import INITS, BenchConfig, Every, StrategyConfig, range_problems
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.records.scheduler import read_schedulers
-from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, source_of
+from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, register, source_of
 from iterbatch.strategy.base import AT_ONCE, OTHER_PASSES, PROBE_TEXT
+from iterbatch.strategy.own import BROKEN, is_named
 from iterbatch.strategy.scheduler import probes_of
 
 GROUPS: dict[str, Any] = {each.name: each.default_factory for each in dataclasses.fields(BenchConfig)}
@@ -39,6 +40,8 @@ def make_config(**values: Any) -> BenchConfig:
     Raises:
         ConfigError: for an unknown knob or a value out of range.
     """
+    if "strategies" in values:  # those of one's own bring knobs
+        values["strategies"] = [_registered(each) for each in values["strategies"]]
     known = settings()
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, value in values.items():
@@ -52,6 +55,25 @@ def make_config(**values: Any) -> BenchConfig:
     )
     check(config)
     return with_probe_text(config, config.strategy.strategies)
+
+
+def config_of_run(values: Mapping[str, Any], **more: Any) -> BenchConfig:
+    """What a run was made with, to use its adapters: a strategy of one's own need not be there again.
+
+    Raises:
+        ConfigError: as :func:`make_config`.
+    """
+    named = values.get("strategies")
+    if isinstance(named, list) and any(str(each) not in STRATEGIES for each in named):
+        values = {name: value for name, value in values.items() if name in settings()}
+        values["strategies"] = [each for each in named if str(each) in STRATEGIES] or [REFERENCE]
+    return make_config(**values, **more)
+
+
+def _registered(strategy: Any) -> str:
+    """The name of a strategy, which may be a class of one's own, or name one."""
+    own = isinstance(strategy, type) or is_named(str(strategy))
+    return register(strategy) if own else str(strategy)
 
 
 def with_probe_text(config: BenchConfig, strategies: Iterable[str]) -> BenchConfig:
@@ -125,7 +147,9 @@ def _scheduler_problems(config: BenchConfig) -> list[str]:
 def unknown_strategy(name: str, where: str = "") -> str:
     """What to say of a strategy that the registry has not."""
     near = did_you_mean(name, STRATEGIES)
-    return f"unknown strategy '{name}'{where}; choose from {', '.join(STRATEGIES)}{near}"
+    broken = f"; of a package, {BROKEN[name]}" if name in BROKEN else ""
+    choice = f"choose from {', '.join(STRATEGIES)}, or name a class of your own as FILE.py:CLASS"
+    return f"unknown strategy '{name}'{where}{broken}; {choice}{near}"
 
 
 def _source_problems(config: BenchConfig) -> list[str]:

@@ -24,7 +24,8 @@ from iterbatch.plain_yaml import read_yaml
 from iterbatch.records.layout import CONFIG
 from iterbatch.records.read import read_config
 from iterbatch.runtime.run_folder import resume_folder
-from iterbatch.strategy import STRATEGIES, knobs, needs_source
+from iterbatch.strategy import STRATEGIES, knobs, needs_source, register
+from iterbatch.strategy.own import is_named
 
 Group = tyro.conf.OmitArgPrefixes
 Flags = TypeVar("Flags", bound="TrainFlags")
@@ -38,6 +39,9 @@ def _strategy_flags() -> type:
         f"Arm that {', '.join(controls)} are made from; it must come before them. "
         "Default: abr; frozen: learnable"
     )
+    set_ = Knob(
+        "Knobs of strategies of your own, which are named as FILE.py:CLASS: NAME=VALUE, one or several."
+    )
     own = [
         (
             each.name,
@@ -50,6 +54,7 @@ def _strategy_flags() -> type:
         ("strategies", Annotated[tuple[str, ...], strategies], defaults.strategies),
         *own,
         ("source", Annotated[str | None, source], defaults.source),
+        ("set", Annotated[tuple[str, ...], set_], ()),
     ]
     typed = [(name, kind, field(default=default)) for name, kind, default in rows]
     return make_dataclass("StrategyFlags", typed, frozen=True)
@@ -82,7 +87,8 @@ class TrainFlags:
         Raises:
             ConfigError: with all its problems.
         """
-        strategy = strategy_config(vars(self.strategy))
+        values = dict(vars(self.strategy))
+        strategy = strategy_config(values | values_set(values.pop("set")))
         config = BenchConfig(self.model, self.data, self.training, self.speed, strategy, self.run)
         check(config)
         return with_probe_text(config, strategy.strategies)
@@ -121,7 +127,42 @@ def parse(kind: type[Flags], words: Sequence[str], *, command: str, default: Fla
         SystemExit: with code 2 for a flag that does not exist or a value of another type, 0 for ``--help``.
     """
     given: Any = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(words), prog=f"iterbatch {command}", use_underscores=True, **given)
+    flags = tyro.cli(kind, args=list(words), prog=f"iterbatch {command}", use_underscores=True, **given)
+    before: Any = () if default is None else default.strategy.set
+    if before and flags.strategy.set != before:  # each of these is a setting of its own
+        both: Any = (*before, *flags.strategy.set)
+        return dataclasses.replace(flags, strategy=dataclasses.replace(flags.strategy, set=both))
+    return flags
+
+
+def named(words: Sequence[str]) -> list[str]:
+    """Words in which strategies of one's own have their names, after they were read.
+
+    Raises:
+        ConfigError: where one cannot be.
+    """
+    return [register(word) if is_named(word) else word for word in words]
+
+
+def values_set(pairs: Sequence[str]) -> dict[str, Any]:
+    """The knobs that ``--set`` names, as what they are.
+
+    Raises:
+        ConfigError: for an unknown one, or a value of another kind.
+    """
+    known, found = knobs(), {}
+    for pair in pairs:
+        name, is_pair, value = pair.partition("=")
+        if not is_pair or name not in known:
+            near = did_you_mean(name, known)
+            raise ConfigError(f"--set {pair}: write NAME=VALUE; no strategy has a knob '{name}'{near}")
+        kind: Any = known[name].kind
+        try:
+            found[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError, TypeError) as problem:
+            wanted = "true or false" if kind is bool else getattr(kind, "__name__", str(kind))
+            raise ConfigError(f"--set {pair}: {name} is a {wanted}") from problem
+    return found
 
 
 def parse_config(words: Sequence[str]) -> BenchConfig:
@@ -133,6 +174,7 @@ def parse_config(words: Sequence[str]) -> BenchConfig:
         ConfigError: with all problems of the configuration.
         SystemExit: see :func:`parse`.
     """
+    words = named(words)
     flags = parse(TrainFlags, words, command="train")
     file, run_dir = flags.run.config, None
     if flags.run.resume is not None:
@@ -187,7 +229,16 @@ def settings_words(content: Mapping[str, Any], path: Path) -> list[str]:
     ]
     if unknown:
         raise ConfigError("\n".join(unknown))
-    return [word for key, value in content.items() for word in flag_words(key, value)]
+    return words_of(content)
+
+
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as the flags they stand for; knobs that have none of their own by ``--set``."""
+    flags = {each.name for each in dataclasses.fields(StrategyFlags)}
+    own = {key: value for key, value in settings.items() if key in knobs() and key not in flags}
+    pairs = [f"{key}={value}" for key, value in own.items() if value is not None]
+    words = [word for key, value in settings.items() if key not in own for word in flag_words(key, value)]
+    return [*words, *(["--set", *pairs] if pairs else [])]
 
 
 def flag_words(key: str, value: Any) -> list[str]:

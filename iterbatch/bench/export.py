@@ -9,7 +9,7 @@ from typing import Any
 
 from iterbatch.bench.card import CARD
 from iterbatch.bench.prepare import prepare
-from iterbatch.checks import make_config
+from iterbatch.checks import config_of_run
 from iterbatch.data.windows import EvalText
 from iterbatch.errors import RunError
 from iterbatch.evaluation.perplexity import score
@@ -79,7 +79,7 @@ def export(run_dir: Path, folder: Path, strategy: str | None, seed: int | None, 
 
 
 def _validation(run_dir: Path) -> EvalText:
-    prepared = prepare(make_config(**read_config(run_dir)))
+    prepared = prepare(config_of_run(read_config(run_dir)))
     check_origin(run_dir, prepared.origin)
     return prepared.texts["validation"]
 

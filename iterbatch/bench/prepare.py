@@ -26,6 +26,7 @@ from iterbatch.model.weights import load_model
 from iterbatch.records.origin import Origin
 from iterbatch.records.scored import Scored
 from iterbatch.reuse.run_stores import Texts
+from iterbatch.strategy.own import SOURCES
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,7 +46,8 @@ class Prepared:
     @cached_property
     def origin(self) -> Origin:
         """Digests of all that training starts from."""
-        return Origin(self.corpus.digests(), *base_digests(self.base))
+        own = {name: source.digest for name, source in SOURCES.items()}
+        return Origin(self.corpus.digests(), *base_digests(self.base), own)
 
     @property
     def notes(self) -> list[str]:

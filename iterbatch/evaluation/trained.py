@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iterbatch.checks import make_config
+from iterbatch.checks import config_of_run
 from iterbatch.errors import DataError, RunError
 from iterbatch.evaluation.generate import Sampling, generate
 from iterbatch.model.base import PRECISION, base_digests, load_base
@@ -58,7 +58,7 @@ def load_trained(
     folder = layout.arm_folder(run_dir, best.strategy, best.seed)
     name = f"{best.strategy}/{folder.name}"
     try:
-        config = make_config(**read_config(run_dir), trust_remote_code=trust_remote_code)
+        config = config_of_run(read_config(run_dir), trust_remote_code=trust_remote_code)
     except (ValueError, TypeError) as problem:
         raise RunError(f"{run_dir / layout.CONFIG} is damaged: {problem}") from problem
     base = load_base(config)

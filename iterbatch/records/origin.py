@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ class Origin:
     text: Mapping[str, str]  # by split
     weights: str  # of the base; empty where they are not on this machine
     tokenizer: str
+    strategies: Mapping[str, str] = field(default_factory=dict)  # of the files of strategies of one's own
 
     def differences(self, other: "Origin") -> list[str]:
         """What is not the same, with both digests."""
         parts = [(f"the text of {split}", value, other.text.get(split)) for split, value in self.text.items()]
         parts += [("the weights of the base", self.weights, other.weights)]
         parts += [("the tokenizer", self.tokenizer, other.tokenizer)]
+        parts += [
+            (f"the strategy {name}", value, other.strategies.get(name))
+            for name, value in self.strategies.items()
+        ]
         return [
             f"{what} has SHA-256 {now[:16]}..., not {then[:16]}..."
             for what, then, now in parts
@@ -45,7 +50,8 @@ def read_origin(folder: Path) -> Origin | None:
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))["origin"]
         text = {str(split): str(value) for split, value in content["text"].items()}
-        return Origin(text, str(content["weights"]), str(content["tokenizer"]))
+        own = {str(name): str(value) for name, value in content.get("strategies", {}).items()}
+        return Origin(text, str(content["weights"]), str(content["tokenizer"]), own)
     except KeyError:
         return None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as problem:

@@ -6,11 +6,16 @@ and a card to ``docs/strategies/``.
 """
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from iterbatch.config import Knob, knobs_of
+from iterbatch.errors import ConfigError
+from iterbatch.strategy import own
 from iterbatch.strategy.base import BaseTrainingStrategy, ControlStep, Step
 from iterbatch.strategy.controls import (
     ExcessStrategy,
@@ -41,6 +46,7 @@ __all__ = [
     "make_strategy",
     "needs_source",
     "own_knobs",
+    "register",
     "source_of",
 ]
 
@@ -65,6 +71,9 @@ STRATEGIES: dict[str, type[BaseTrainingStrategy]] = {
     "frozen": FrozenStrategy,
 }
 REFERENCE = "baseline"  # the arm that all others are compared with
+GIVEN = ("seed", "source")  # arguments of strategies that are no knobs
+REGISTERED: set[str] = set()  # names of strategies of one's own
+STRATEGIES |= own.from_packages(STRATEGIES)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,15 @@ class SharedKnob:
     knob: Knob
 
 
+@dataclass(frozen=True)
+class OwnKnob:
+    """A knob of one strategy."""
+
+    kind: type  # int, float, str or bool
+    default: Any  # None: it must be set
+    knob: Knob
+
+
 def knobs() -> dict[str, SharedKnob]:
     """The knobs of all strategies, by name."""
     owners: dict[str, list[str]] = {}
@@ -93,30 +111,88 @@ def knobs() -> dict[str, SharedKnob]:
     return {name: _shared(name, strategies) for name, strategies in owners.items()}
 
 
-def own_knobs(strategy: str) -> list[str]:
-    """Names of the knobs that a strategy has; placement is none of one that gives no k."""
+def own_knobs(strategy: str) -> dict[str, OwnKnob]:
+    """The knobs that a strategy has, by name; placement is none of one that gives no k.
+
+    Those it declares, and else the typed arguments of its constructor, told by its docstring.
+    """
     kind = STRATEGIES[strategy]
-    of_all = () if kind.gives_k else knobs_of(BaseTrainingStrategy)
-    return [name for name in knobs_of(kind) if name not in of_all]
+    arguments, of_all, declared = (
+        inspect.signature(kind).parameters,
+        knobs_of(BaseTrainingStrategy),
+        knobs_of(kind),
+    )
+    hints = get_type_hints(kind)
+    if any(name not in hints for name in arguments):  # a constructor that no dataclass wrote
+        hints |= get_type_hints(kind.__init__)
+    told, found = _told(kind), {}
+    for name, argument in arguments.items():
+        known = name in declared or (name not in GIVEN and hints.get(name) in (int, float, str, bool))
+        if known and name not in of_all:
+            default = None if argument.default is argument.empty else argument.default
+            meaning = told.get(name, f"{name} of {strategy}")
+            found[name] = OwnKnob(hints[name], default, declared.get(name) or Knob(meaning))
+    placing = {
+        name: OwnKnob(hints[name], getattr(kind, name), knob)
+        for name, knob in of_all.items()
+        if name in declared
+    }
+    return {**placing, **found} if kind.gives_k else found
+
+
+def _told(kind: type) -> dict[str, str]:
+    """What a docstring says of arguments, in Google's style."""
+    text = inspect.cleandoc(f"{kind.__doc__ or ''}\n{getattr(kind.__init__, '__doc__', '') or ''}")
+    return {name: meaning.strip().rstrip(".") for name, meaning in re.findall(r"(?m)^\s+(\w+): (.+)$", text)}
 
 
 def _shared(name: str, strategies: list[str]) -> SharedKnob:
     defaults: dict[Any, list[str]] = {}
     meanings: dict[str, list[str]] = {}
-    for strategy in strategies:
-        kind = STRATEGIES[strategy]
-        defaults.setdefault(getattr(kind, name), []).append(strategy)
-        meanings.setdefault(knobs_of(kind)[name].meaning, []).append(strategy)
+    owned = {strategy: own_knobs(strategy)[name] for strategy in strategies}
+    for strategy, each in owned.items():
+        defaults.setdefault(each.default, []).append(strategy)
+        meanings.setdefault(each.knob.meaning, []).append(strategy)
     words = "; ".join(f"{_names(users)}: {meaning}" for meaning, users in meanings.items())
     agreed = next(iter(defaults)) if len(defaults) == 1 else None
     if agreed is None:
         rare = [f"{', '.join(users)} {value}" for value, users in list(defaults.items())[1:]]
         words += f". Default: {next(iter(defaults))}; {'; '.join(rare)}"
-    first = STRATEGIES[strategies[0]]
-    of_first = knobs_of(first)[name]
-    range_ = dataclasses.asdict(of_first.range)
-    knob = Knob(words, **range_, choices=of_first.choices, also=of_first.also)
-    return SharedKnob(name, get_type_hints(first)[name], agreed, knob)
+    of_first = owned[strategies[0]]
+    range_ = dataclasses.asdict(of_first.knob.range)
+    knob = Knob(words, **range_, choices=of_first.knob.choices, also=of_first.knob.also)
+    return SharedKnob(name, of_first.kind, agreed, knob)
+
+
+def register(word: str | type[BaseTrainingStrategy], folder: Path = Path()) -> str:
+    """Take a strategy of one's own among the others; returns its name.
+
+    Args:
+        word: ``FILE.py:CLASS``, or the class.
+        folder: Where the file is looked for first.
+
+    Raises:
+        ConfigError: where there is no such class, or it cannot be a strategy under that name.
+    """
+    if isinstance(word, str):
+        name, kind = own.read(word, folder)
+    else:
+        name, kind = word.__name__, word
+        own.check(name, kind)
+    if name in STRATEGIES and STRATEGIES[name] is not kind and name not in REGISTERED:
+        raise ConfigError(f"{word}: there is a strategy {name} already; give the class another name")
+    others = knobs()
+    STRATEGIES[name] = kind
+    REGISTERED.add(name)
+    for knob, mine in own_knobs(name).items():
+        theirs = others.get(knob)
+        if theirs is not None and theirs.kind is not mine.kind:
+            del STRATEGIES[name]
+            wanted = theirs.kind.__name__
+            raise ConfigError(
+                f"{word}: {knob} is a {wanted} of other strategies; let it be one, or rename it"
+            )
+    return name
 
 
 def _names(strategies: list[str]) -> str:
@@ -145,5 +221,9 @@ def make_strategy(name: str, knobs: Mapping[str, Any], seed: int, source: Any = 
     """
     kind = STRATEGIES[name]
     given = {**knobs, "seed": seed, "source": source}
-    taken = [each.name for each in dataclasses.fields(kind) if each.init]
-    return kind(**{each: given[each] for each in taken if given.get(each) is not None})
+    taken = [each for each in inspect.signature(kind).parameters if given.get(each) is not None]
+    made = kind(**{each: given[each] for each in taken})
+    for each in knobs_of(BaseTrainingStrategy):  # a constructor of one's own need not take them
+        if each not in taken and given.get(each) is not None:
+            setattr(made, each, given[each])
+    return made

@@ -12,10 +12,11 @@ from iterbatch.checks import check_placement, unknown_strategy, with_probe_text
 from iterbatch.checks import settings as all_settings
 from iterbatch.config import NOT_SAVED, UNITS
 from iterbatch.errors import ConfigError, UserError, did_you_mean, first_line
-from iterbatch.flags import CompareFlags, flag_words, parse
+from iterbatch.flags import CompareFlags, named, parse, words_of
 from iterbatch.plain_yaml import editor, key_lines, parse_yaml, read_text
 from iterbatch.records.write import write_text
-from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, own_knobs, source_of
+from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, own_knobs, register, source_of
+from iterbatch.strategy.own import is_named
 from iterbatch.study.pairs import Cell, Study
 
 ARM_TRAINING = ("lr", "warmup", "weight_decay", "clip_norm", "budget_share")
@@ -109,11 +110,32 @@ class _Source:
             else:
                 self.declared.append(name)
 
+    def name_own_strategies(self) -> None:
+        """Read the strategies of one's own that arms name, from beside the study or from here."""
+        cells = self.table("cells")
+        for place in [("arms",), *(("cells", cell, "arms") for cell in cells)]:
+            for arm in self.table(*place):
+                own: Any = self.table(*place, arm)
+                word = own.get("strategy")
+                if isinstance(word, str) and is_named(word):
+                    try:
+                        self._raw(*place)[arm]["strategy"] = register(word, self.path.parent)
+                    except ConfigError as problem:
+                        self.complain((*place, arm, "strategy"), str(problem))
+
+    def _raw(self, *place: str) -> Any:
+        value: Any = self.content
+        for key in place:
+            value = value[key]
+        return value
+
     def words(self, settings: Settings) -> list[str]:
         """Settings as flags; ``${NAME}`` in a place of data or models stands for the environment's."""
-        return [
-            self._expanded(key, word) for key, value in settings.items() for word in flag_words(key, value)
-        ]
+        expanded = {
+            key: self._expanded(key, value) if isinstance(value, str) else value
+            for key, value in settings.items()
+        }
+        return words_of(expanded)
 
     def _expanded(self, key: str, word: str) -> str:
         def value(match: re.Match[str]) -> str:
@@ -148,9 +170,10 @@ def load_study(path: Path, words: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: with every mistake, its line, and the nearest name that would be right.
     """
-    source = _Source(path)
+    source, words = _Source(path), named(words)
     source.check_keys((), SECTIONS, "section")
     source.declare()
+    source.name_own_strategies()
     if not source.table("arms"):
         source.complain(
             ("arms",), f"a study needs arms: write 'arms:' with one name a line, {REFERENCE} among them"
@@ -176,8 +199,7 @@ def study_of_flags(words: Sequence[str]) -> Study:
     Raises:
         ConfigError: where they lack the baseline, or anything else is wrong.
     """
-    defaults = [word for key, value in DEFAULTS.items() for word in flag_words(key, value)]
-    config = _flags(defaults, words).config()
+    config = _flags(words_of(DEFAULTS), named(words)).config()
     check_placement(config)
     if REFERENCE not in config.strategy.strategies:
         raise ConfigError(f"--strategies lacks '{REFERENCE}', which all others are compared with; add it")

@@ -19,6 +19,7 @@ from filelock import Timeout
 from iterbatch.errors import RunError
 from iterbatch.records import layout
 from iterbatch.runtime.interrupt import Interrupts, Stopped
+from iterbatch.strategy.own import SOURCES
 from iterbatch.study.engines import worker
 from iterbatch.study.pairs import Notify, Pair
 
@@ -144,7 +145,10 @@ class Watch:
         """Start a worker. Its input is a pipe from this process, by which it knows when this one is gone."""
         threads = str(max(1, threads_to_share() // self.workers))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUTF8": "1"}
-        command = [sys.executable, "-m", worker.__name__, str(self.run_dir)]
+        own = [
+            SOURCES[name].words for name in sorted({pair.arm.strategy for pair in self.pairs} & {*SOURCES})
+        ]
+        command = [sys.executable, "-m", worker.__name__, str(self.run_dir), *own]
         with self._log(number).open("ab") as log:
             self.running[number] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log

@@ -23,6 +23,7 @@ from iterbatch.quiet import quiet_libraries
 from iterbatch.records import layout
 from iterbatch.records.write import write_json
 from iterbatch.runtime.interrupt import Stopped
+from iterbatch.strategy import register
 from iterbatch.study.engines.in_process import train_cell
 from iterbatch.study.pairs import Pair, pairs_of
 from iterbatch.study.study_folder import from_folder
@@ -149,6 +150,8 @@ if __name__ == "__main__":
     quiet_libraries()
     end_with_parent()
     try:
+        for strategy in sys.argv[2:]:  # of one's own
+            register(strategy)
         work(Path(sys.argv[1]))
     except Stopped as stopped:
         raise SystemExit(stopped.exit_code) from None

@@ -1,0 +1,122 @@
+"""Strategies of one's own: classes from a file that the command line names, or from installed packages.
+
+``mine.py:TwiceWhenHard`` is such a class, in the file ``mine.py``. Its code runs here; nothing that lies in a
+run's folder can name one.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+from iterbatch.errors import ConfigError, did_you_mean, first_line
+from iterbatch.strategy.base import BaseTrainingStrategy
+
+GROUP = "iterbatch.strategies"  # entry points of packages
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a class comes from."""
+
+    file: Path  # absolute
+    name: str  # of the class
+    digest: str  # SHA-256 of the file
+
+    @property
+    def words(self) -> str:
+        """As it is typed."""
+        return f"{self.file}:{self.name}"
+
+
+SOURCES: dict[str, Source] = {}  # of the classes that were read, by name
+BROKEN: dict[str, str] = {}  # names that packages offer, and why they cannot be used
+
+
+def is_named(word: str) -> bool:
+    """Whether a word names a class in a file."""
+    return re.fullmatch(r".+\.py:\w+", word) is not None
+
+
+def read(word: str, folder: Path = Path()) -> tuple[str, type[BaseTrainingStrategy]]:
+    """The class that a word names.
+
+    Args:
+        word: ``FILE.py:CLASS``.
+        folder: Where its file is looked for first.
+
+    Returns:
+        Its name, and itself.
+
+    Raises:
+        ConfigError: where there is no such file or class, it cannot be imported, or is no strategy.
+    """
+    place, _, name = word.rpartition(":")
+    file = next((each for each in (folder / place, Path(place)) if each.is_file()), None)
+    if file is None:
+        raise ConfigError(f"the strategy {word}: there is no file {place}")
+    file = file.resolve()
+    source = Source(file, name, hashlib.sha256(file.read_bytes()).hexdigest())
+    kind = getattr(_module(source), name, None)
+    if not inspect.isclass(kind):
+        classes = [each for each, value in vars(_module(source)).items() if inspect.isclass(value)]
+        raise ConfigError(f"{file} has no class {name}{did_you_mean(name, classes)}")
+    check(word, kind)
+    SOURCES[name] = source
+    return name, kind
+
+
+def check(word: str, kind: type) -> None:
+    """See that a class is a strategy that can be made.
+
+    Raises:
+        ConfigError: where it is none, or lacks what every strategy must write.
+    """
+    if not issubclass(kind, BaseTrainingStrategy):
+        raise ConfigError(f"{word} does not derive from iterbatch.BaseTrainingStrategy")
+    if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+        raise ConfigError(f"{word} must write {', '.join(missing)}")
+
+
+def _module(source: Source) -> ModuleType:
+    """A file, imported under a name of its own; the same file again is the same module."""
+    name = f"iterbatch_own_{source.digest[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, source.file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:  # whatever its author's code raises
+        del sys.modules[name]
+        what = f"{type(problem).__name__}: {first_line(problem)}"
+        raise ConfigError(f"{source.file} cannot be imported: {what}") from problem
+    return module
+
+
+def from_packages(known: Iterable[str]) -> dict[str, type[BaseTrainingStrategy]]:
+    """The strategies of installed packages, by the names of their entry points.
+
+    One that cannot be used is noted in ``BROKEN``; a name that is known already stays what it is.
+    """
+    found: dict[str, type[BaseTrainingStrategy]] = {}
+    for entry in metadata.entry_points(group=GROUP):
+        if entry.name in known:
+            BROKEN[entry.name] = f"the package's '{entry.value}' has the name of another strategy"
+            continue
+        try:
+            kind = entry.load()
+            check(entry.value, kind)
+            found[entry.name] = kind
+        except Exception as problem:  # whatever a package raises
+            BROKEN[entry.name] = f"'{entry.value}' cannot be used: {first_line(problem)}"
+    return found
