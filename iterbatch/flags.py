@@ -223,7 +223,8 @@ def settings_words(content: Mapping[str, Any], path: Path) -> list[str]:
             "line only"
         )
     unknown = [
-        f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}"
+        f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}; if it is a knob of a strategy "
+        "of your own, name that by --strategies ... FILE.py:CLASS"
         for key in content
         if key not in known or key == "config"
     ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from iterbatch.errors import ConfigError, did_you_mean, first_line
 from iterbatch.strategy.base import BaseTrainingStrategy
@@ -63,7 +64,7 @@ def read(word: str, folder: Path = Path()) -> tuple[str, type[BaseTrainingStrate
         raise ConfigError(f"the strategy {word}: there is no file {place}")
     file = file.resolve()
     source = Source(file, name, hashlib.sha256(file.read_bytes()).hexdigest())
-    kind = getattr(_module(source), name, None)
+    kind: Any = getattr(_module(source), name, None)
     if not inspect.isclass(kind):
         classes = [each for each, value in vars(_module(source)).items() if inspect.isclass(value)]
         raise ConfigError(f"{file} has no class {name}{did_you_mean(name, classes)}")
