@@ -223,8 +223,8 @@ def settings_words(content: Mapping[str, Any], path: Path) -> list[str]:
             "line only"
         )
     unknown = [
-        f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}; if it is a knob of a strategy "
-        "of your own, name that by --strategies ... FILE.py:CLASS"
+        f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}; a knob of a strategy of "
+        "your own is known when that is named: --strategies ... FILE.py:CLASS"
         for key in content
         if key not in known or key == "config"
     ]
@@ -235,7 +235,7 @@ def settings_words(content: Mapping[str, Any], path: Path) -> list[str]:
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:
     """Settings as the flags they stand for; knobs that have none of their own by ``--set``."""
-    flags = {each.name for each in dataclasses.fields(StrategyFlags)}
+    flags = StrategyFlags.__annotations__
     own = {key: value for key, value in settings.items() if key in knobs() and key not in flags}
     pairs = [f"{key}={value}" for key, value in own.items() if value is not None]
     words = [word for key, value in settings.items() if key not in own for word in flag_words(key, value)]

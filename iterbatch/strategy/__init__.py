@@ -177,8 +177,7 @@ def register(word: str | type[BaseTrainingStrategy], folder: Path = Path()) -> s
     if isinstance(word, str):
         name, kind = own.read(word, folder)
     else:
-        name, kind = word.__name__, word
-        own.check(name, kind)
+        name, kind = word.__name__, own.checked(word.__name__, word)
     if name in STRATEGIES and STRATEGIES[name] is not kind and name not in REGISTERED:
         raise ConfigError(f"{word}: there is a strategy {name} already; give the class another name")
     others = knobs()

@@ -36,7 +36,7 @@ class Source:
         return f"{self.file}:{self.name}"
 
 
-SOURCES: dict[str, Source] = {}  # of the classes that were read, by name
+SOURCES: dict[str, Source] = {}  # of the classes that were taken among the strategies, by name
 BROKEN: dict[str, str] = {}  # names that packages offer, and why they cannot be used
 
 
@@ -45,7 +45,7 @@ def is_named(word: str) -> bool:
     return re.fullmatch(r".+\.py:\w+", word) is not None
 
 
-def read(word: str, folder: Path = Path()) -> tuple[str, type[BaseTrainingStrategy]]:
+def read(word: str, folder: Path = Path()) -> tuple[Source, type[BaseTrainingStrategy]]:
     """The class that a word names.
 
     Args:
@@ -53,7 +53,7 @@ def read(word: str, folder: Path = Path()) -> tuple[str, type[BaseTrainingStrate
         folder: Where its file is looked for first.
 
     Returns:
-        Its name, and itself.
+        Where it comes from, and itself.
 
     Raises:
         ConfigError: where there is no such file or class, it cannot be imported, or is no strategy.
@@ -68,13 +68,11 @@ def read(word: str, folder: Path = Path()) -> tuple[str, type[BaseTrainingStrate
     if not inspect.isclass(kind):
         classes = [each for each, value in vars(_module(source)).items() if inspect.isclass(value)]
         raise ConfigError(f"{file} has no class {name}{did_you_mean(name, classes)}")
-    check(word, kind)
-    SOURCES[name] = source
-    return name, kind
+    return source, checked(word, kind)
 
 
-def check(word: str, kind: type) -> None:
-    """See that a class is a strategy that can be made.
+def checked(word: str, kind: type) -> type[BaseTrainingStrategy]:
+    """A class, if it is a strategy that can be made.
 
     Raises:
         ConfigError: where it is none, or lacks what every strategy must write.
@@ -83,6 +81,7 @@ def check(word: str, kind: type) -> None:
         raise ConfigError(f"{word} does not derive from iterbatch.BaseTrainingStrategy")
     if missing := sorted(getattr(kind, "__abstractmethods__", ())):
         raise ConfigError(f"{word} must write {', '.join(missing)}")
+    return kind
 
 
 def _module(source: Source) -> ModuleType:
@@ -115,9 +114,7 @@ def from_packages(known: Iterable[str]) -> dict[str, type[BaseTrainingStrategy]]
             BROKEN[entry.name] = f"the package's '{entry.value}' has the name of another strategy"
             continue
         try:
-            kind = entry.load()
-            check(entry.value, kind)
-            found[entry.name] = kind
+            found[entry.name] = checked(entry.value, entry.load())
         except Exception as problem:  # whatever a package raises
             BROKEN[entry.name] = f"'{entry.value}' cannot be used: {first_line(problem)}"
     return found

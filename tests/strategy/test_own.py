@@ -1,0 +1,175 @@
+"""Strategies of one's own: found by file, by class and by package, with their knobs, everywhere."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from support.runs import flag_words
+
+import iterbatch
+from iterbatch.checks import make_config
+from iterbatch.cli.main import main
+from iterbatch.errors import ConfigError
+from iterbatch.plain_yaml import dump_yaml
+from iterbatch.strategy import REGISTERED, STRATEGIES, knobs, make_strategy, own, register
+
+CODE = '''
+import iterbatch
+
+class TwiceWhenHard(iterbatch.BaseTrainingStrategy):
+    """Twice where the loss is above a cut.
+
+    Args:
+        cut: initial loss, nats a token, above which a batch gets two passes.
+    """
+
+    def __init__(self, cut: float = 2.0, gently: bool = False):
+        self.cut, self.gently = cut, gently
+
+    def repeats(self, initial_loss):
+        return 2 if initial_loss > self.cut and not self.gently else 1
+'''
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What a test registers is gone after it."""
+    yield
+    for name in [*REGISTERED]:
+        STRATEGIES.pop(name, None)
+        own.SOURCES.pop(name, None)
+    REGISTERED.clear()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CODE, encoding="utf-8")
+    return path
+
+
+def test_typed_arguments_are_knobs_told_by_the_docstring(file):
+    assert register(f"{file}:TwiceWhenHard") == "TwiceWhenHard"
+    cut = knobs()["cut"]
+    assert (cut.kind, cut.default) == (float, 2.0)
+    assert "initial loss, nats a token, above which" in cut.knob.documentation
+    assert knobs()["gently"].kind is bool
+    made = make_strategy("TwiceWhenHard", {"cut": 3.0, "placement": "spaced"}, seed=0)
+    assert (made.repeats(3.5), made.repeats(2.5), made.placement) == (2, 1, "spaced")
+
+
+def test_a_class_will_do_from_python():
+    class Thrice(iterbatch.BaseTrainingStrategy):
+        def repeats(self, initial_loss):
+            return 3
+
+    config = make_config(strategies=["baseline", Thrice])
+    assert config.strategy.strategies == ("baseline", "Thrice")
+
+
+@pytest.mark.parametrize(
+    ("code", "word", "message"),
+    [
+        (CODE, "mine.py:Twice", "has no class Twice (did you mean 'TwiceWhenHard'?)"),
+        (CODE, "yours.py:TwiceWhenHard", "there is no file"),
+        ("import nothing_like_it", "mine.py:X", "cannot be imported: ModuleNotFoundError"),
+        ("class X: pass", "mine.py:X", "does not derive from iterbatch.BaseTrainingStrategy"),
+        (
+            "import iterbatch\nclass X(iterbatch.BaseTrainingStrategy): pass",
+            "mine.py:X",
+            "must write repeats",
+        ),
+        (CODE.replace("cut: float", "max_repeats: str"), "mine.py:TwiceWhenHard", "max_repeats is a int"),
+        (CODE.replace("TwiceWhenHard", "abr"), "mine.py:abr", "there is a strategy abr already"),
+    ],
+)
+def test_what_is_wrong_is_said(file, capsys, code, word, message):
+    file.write_text(code, encoding="utf-8")
+    before = {*STRATEGIES}
+    assert main(["train", "--strategies", "baseline", f"{file.parent / word}"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert {*STRATEGIES} == before
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["cut=x"], "cut is a float"),
+        (["gently=perhaps"], "gently is a true or false"),
+        (["cub=1"], "no strategy has a knob 'cub' (did you mean 'cut'?)"),
+        (["cut"], "write NAME=VALUE"),
+        (["cut=nan"], "--cut is nan; it must be a finite number"),
+    ],
+)
+def test_what_is_set_is_checked(file, capsys, pairs, message):
+    assert main(["train", "--strategies", f"{file}:TwiceWhenHard", "--set", *pairs]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_trained_resumed_continued_and_changed(file, tiny, tmp_path, capsys):
+    run_dir, named = tmp_path / "run", ["--strategies", "baseline", f"{file}:TwiceWhenHard"]
+    flags = flag_words(tiny | {"save_dir": tmp_path, "run_name": "run"})
+    assert main(["train", *flags, *named, "--set", "cut=0.5", "gently=false"]) == 0
+    result = json.loads((run_dir / "TwiceWhenHard/seed0/result.json").read_text(encoding="utf-8"))
+    assert result["mean_repeats"] == 2
+    manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["origin"]["strategies"] == {"TwiceWhenHard": own.SOURCES["TwiceWhenHard"].digest}
+    (run_dir / "TwiceWhenHard/seed0/result.json").unlink()
+    assert main(["train", "--resume", str(run_dir), *named]) == 0
+    assert (
+        json.loads((run_dir / "TwiceWhenHard/seed0/result.json").read_text(encoding="utf-8"))["val_ppl"]
+        == (result["val_ppl"])
+    )
+    forgotten_by = STRATEGIES.pop("TwiceWhenHard"), REGISTERED.clear()
+    assert forgotten_by
+    assert main(["report", str(run_dir)]) == 0
+    assert (
+        main(["generate", str(run_dir), "--prompt", "a", "--new_tokens", "2", "--strategy", "TwiceWhenHard"])
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run_dir)]) == 2  # code runs only where the command line names it
+    assert "known when that is named: --strategies ... FILE.py:CLASS" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    (run_dir / "TwiceWhenHard/seed0/result.json").unlink()
+    file.write_text(CODE + "# changed\n", encoding="utf-8")
+    assert main(["train", "--resume", str(run_dir), *named]) == 2
+    assert "the strategy TwiceWhenHard has SHA-256" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_a_study_names_a_file_beside_it_and_workers_find_it(file, tiny, tmp_path):
+    settings = tiny | {"log_with": "none", "seeds": [0], "prompts": 1, "match": "epochs"}
+    arms = {"baseline": None, "mine": {"strategy": "mine.py:TwiceWhenHard", "cut": 0.5}}
+    study = tmp_path / "study.yaml"
+    study.write_text(dump_yaml({"settings": settings, "arms": arms}), encoding="utf-8")
+    assert main(["compare", str(study), "--workers", "2", "--save_dir", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "study/mine/seed0/result.json").read_text(encoding="utf-8"))
+    assert (result["mean_repeats"], result["arm"]["strategy"]) == (2, "TwiceWhenHard")
+
+
+def test_packages_offer_strategies_by_entry_points(file, tmp_path, monkeypatch):
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n", encoding="utf-8")
+    entries = (
+        "[iterbatch.strategies]\ntwice = mine:TwiceWhenHard\nabr = mine:TwiceWhenHard\nlost = nowhere:X\n"
+    )
+    (info / "entry_points.txt").write_text(entries, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(own, "BROKEN", {})
+    found = own.from_packages(["abr"])
+    assert [*found] == ["twice"]
+    assert found["twice"].__name__ == "TwiceWhenHard"
+    assert {*own.BROKEN} == {"abr", "lost"}
+    sys.modules.pop("mine", None)
+
+
+def test_nothing_of_a_run_names_code(file, tiny, tmp_path):
+    config = make_config(**tiny, strategies=["baseline", f"{file}:TwiceWhenHard"])
+    assert str(file) not in json.dumps(config.flat())
+    with pytest.raises(ConfigError, match="unknown strategy 'Other'"):
+        make_config(**tiny, strategies=["baseline", "Other"])
+    assert Path(own.SOURCES["TwiceWhenHard"].words.rpartition(":")[0]) == file
