@@ -175,22 +175,23 @@ def register(word: str | type[BaseTrainingStrategy], folder: Path = Path()) -> s
         ConfigError: where there is no such class, or it cannot be a strategy under that name.
     """
     if isinstance(word, str):
-        name, kind = own.read(word, folder)
+        source, kind = own.read(word, folder)
+        name = source.name
     else:
-        name, kind = word.__name__, own.checked(word.__name__, word)
+        source, name, kind = None, word.__name__, own.checked(word.__name__, word)
     if name in STRATEGIES and STRATEGIES[name] is not kind and name not in REGISTERED:
         raise ConfigError(f"{word}: there is a strategy {name} already; give the class another name")
     others = knobs()
     STRATEGIES[name] = kind
-    REGISTERED.add(name)
     for knob, mine in own_knobs(name).items():
         theirs = others.get(knob)
         if theirs is not None and theirs.kind is not mine.kind:
             del STRATEGIES[name]
-            wanted = theirs.kind.__name__
-            raise ConfigError(
-                f"{word}: {knob} is a {wanted} of other strategies; let it be one, or rename it"
-            )
+            advice = f"other strategies' {knob} is a {theirs.kind.__name__}; let it be one, or rename it"
+            raise ConfigError(f"{word}: {advice}")
+    REGISTERED.add(name)
+    if source is not None:
+        own.SOURCES[name] = source
     return name
 
 

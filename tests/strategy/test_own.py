@@ -80,7 +80,11 @@ def test_a_class_will_do_from_python():
             "mine.py:X",
             "must write repeats",
         ),
-        (CODE.replace("cut: float", "max_repeats: str"), "mine.py:TwiceWhenHard", "max_repeats is a int"),
+        (
+            CODE.replace("cut: float", "max_repeats: str"),
+            "mine.py:TwiceWhenHard",
+            "max_repeats is a int; let it be one",
+        ),
         (CODE.replace("TwiceWhenHard", "abr"), "mine.py:abr", "there is a strategy abr already"),
     ],
 )
