@@ -402,6 +402,7 @@ def test_baseline_against_itself_with_other_seeds_is_no_difference(tiny, tmp_pat
     run_dir = iterbatch.run(make_config(**flags | {"save_dir": tmp_path, "run_name": "run"}))
     for seed in (3, 4, 5):
         shutil.move(run_dir / f"baseline/seed{seed}", run_dir / f"same/seed{seed - 3}")
+    only_seeds(run_dir, 0, 1, 2)
     (cell,) = page.write(run_dir)
     (same,) = cell.against_baseline
     assert same.seeds == [0, 1, 2]
