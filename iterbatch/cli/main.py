@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from iterbatch import __version__
-from iterbatch.cli import cache, compare, export, generate, power, price, report, train, tune
+from iterbatch.cli import cache, compare, export, generate, new_strategy, power, price, report, train, tune
 from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words, exit_code
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.report.wording import plain
@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
         price.Price,
         "Measure what fresh passes and repeats cost on this machine, by placement of the adapters.",
     ),
+    "new-strategy": (new_strategy.NewStrategy, "Write a strategy of your own to begin with."),
     "cache": (cache.Cache, "Show and free the activations that --reuse epoch keeps."),
 }
 DESCRIPTION = (

@@ -1,6 +1,7 @@
 """Strategies of one's own: found by file, by class and by package, with their knobs, everywhere."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -177,3 +178,20 @@ def test_nothing_of_a_run_names_code(file, tiny, tmp_path):
     with pytest.raises(ConfigError, match="unknown strategy 'Other'"):
         make_config(**tiny, strategies=["baseline", "Other"])
     assert Path(own.SOURCES["TwiceWhenHard"].words.rpartition(":")[0]) == file
+
+
+@pytest.mark.slow
+def test_a_new_strategy_comes_with_a_test_that_passes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-strategy", "TwiceWhenSlow"]) == 0
+    assert "baseline twice_when_slow.py:TwiceWhenSlow" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "twice_when_slow.py",
+        "test_twice_when_slow.py",
+        "twice_when_slow.md",
+    }
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", str(tmp_path)], cwd=tmp_path, check=False)
+    assert ran.returncode == 0
+    assert main(["new-strategy", "TwiceWhenSlow"]) == 2
+    for name in ("2hard", "class", "a b", "abr"):
+        assert main(["new-strategy", name]) == 2
