@@ -49,6 +49,8 @@ TIMED = {
     "peak_memory_mb",
     "seconds_saved",
     "seconds_charged",
+    "records",  # digests of what holds times, and of that
+    "digest",
 }
 EVERY = {  # every strategy there is, each on a few batches
     "strategies": " ".join(STRATEGIES),

@@ -22,6 +22,7 @@ from iterbatch.errors import did_you_mean
 
 BUNDLED = "bundled"
 DEFAULT_LENGTH = 512  # tokens a block
+LONGEST_JSON = 1 << 22  # bytes of a model's config.json
 ASSETS = Path(__file__).parent / "assets" / "base"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian"}  # of adapters, as PEFT names them
@@ -547,10 +548,12 @@ def _context(folder: Path) -> int:
 
     A hub's is not asked for.
     """
+    file = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return int(config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError):
+        if not file.is_file() or file.stat().st_size > LONGEST_JSON:
+            return DEFAULT_LENGTH
+        return int(json.loads(file.read_text(encoding="utf-8"))["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return DEFAULT_LENGTH  # whatever is wrong with the folder is said where the model is loaded
 
 

@@ -8,6 +8,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
+CHARACTERS = 1 << 20  # of a file; reading more takes seconds
+VALUES = 100_000  # of a document, with what its aliases repeat written out
 BAD_YAML = (YAMLError, ValueError, TypeError, RecursionError, AttributeError)  # what a bad document may raise
 
 
@@ -18,7 +20,18 @@ def read_yaml(path: Path) -> Any:
         OSError: where it cannot be read.
         ValueError: where it is not UTF-8 or not valid YAML, with the reason in one line.
     """
-    return parse_yaml(path.read_text(encoding="utf-8-sig"))
+    return parse_yaml(read_text(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that holds YAML; :func:`read_yaml` says what it raises."""
+    if path.exists() and not path.is_file():  # a pipe would keep its reader waiting, a device never end
+        raise ValueError("it is not a regular file")
+    with path.open(encoding="utf-8-sig") as file:
+        text = file.read(CHARACTERS + 1)
+    if len(text) > CHARACTERS:
+        raise ValueError(f"it has more than {CHARACTERS:,} characters; no settings are that long")
+    return text
 
 
 def parse_yaml(text: str, *, duplicates: bool = False) -> Any:
@@ -29,9 +42,28 @@ def parse_yaml(text: str, *, duplicates: bool = False) -> Any:
     reader = YAML(typ="safe", pure=True)
     reader.allow_duplicate_keys = duplicates
     try:
-        return reader.load(text)
+        content = reader.load(text)
+        _weigh(content, {})
+        return content
     except BAD_YAML as problem:
         raise ValueError(" ".join(str(problem).split())[:300]) from problem
+
+
+def _weigh(value: Any, known: dict[int, int]) -> int:
+    """How many values one is, with what is repeated by aliases written out.
+
+    Raises:
+        ValueError: where those are too many.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = VALUES  # until it is known: within itself it has no end
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_weigh(part, known) for part in parts)
+    if known[id(value)] > VALUES:
+        raise ValueError(f"it has more than {VALUES:,} values, with its aliases written out")
+    return known[id(value)]
 
 
 def dump_yaml(content: dict[str, Any]) -> str:

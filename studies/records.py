@@ -70,7 +70,7 @@ def unpack(file: Path, run_dir: Path) -> int:
 
     Returns their number.
     """
-    if run_dir.exists():
+    if run_dir.exists() or run_dir.is_symlink():
         raise SystemExit(f"error: {run_dir} exists already; give a folder that does not")
     rows = pq.read_table(file).to_pylist()
     for row in rows:

@@ -16,6 +16,12 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("ITERBATCH_DATA") or ROOT.parent / "shared" / "data")
 
 
+def pytest_collection_modifyitems(items):
+    """Files that start processes of their own take long: they go first, and short ones fill the gaps."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory):
     """Prepared text goes to a folder of this test session."""

@@ -15,7 +15,7 @@ from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import RunError
 from iterbatch.records import layout
 from iterbatch.records.record import BatchRecord, passes_received, read_records
-from iterbatch.records.result import read_result
+from iterbatch.records.result import check_records, read_result
 from iterbatch.records.scheduler import read_scheduler
 from iterbatch.strategy import REFERENCE, STRATEGIES, BaseTrainingStrategy
 from iterbatch.strategy.base import BASE_LOSSES, GRADIENT_NOISE, PROBE_TEXT, SCHEDULER
@@ -72,6 +72,7 @@ class Job:
         folder = self._finished(self.arm.source, self.arm.source_seed(self.seed))
         if STRATEGIES[self.arm.strategy].made_from == SCHEDULER:
             return read_scheduler(folder)
+        check_records(folder)
         return passes_received(read_records(folder / layout.BATCHES, BatchRecord))
 
     def extras(self, strategy: BaseTrainingStrategy, stream: BatchStream) -> Extras:

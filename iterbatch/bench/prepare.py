@@ -52,6 +52,7 @@ class Prepared:
         """What the reader must be told of the text."""
         source = self.corpus.source
         notes = [note if note.startswith(str(source)) else f"{source}: {note}" for note in self.corpus.notes]
+        notes += [self.blocks.note] if self.blocks.note else []
         if (Path(self.base.path) / ADAPTER).is_file():
             notes.append(f"{self.base.path}: an adapter lies beside the base; it is not used")
         for split, text in self.texts.items():

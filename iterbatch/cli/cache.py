@@ -40,7 +40,7 @@ class Cache:
         freed = sum(each.gigabytes for each in deleted)
         console.print(Text(f"{len(deleted)} store(s) deleted, {freed:.3f} GB freed"))
         for each in left:
-            console.print(Text(f"{each.key} is in use, left alone"))
+            console.print(Text(f"{each.key} is in use or holds a link, left alone"))
         return 0
 
 

@@ -36,9 +36,7 @@ class Compare(CompareFlags):
         try:
             cells = compare(study, run_dir, self.workers, printer(console), overwrite=self.run.overwrite)
         except KeyboardInterrupt as stopped:
-            console.print(
-                Text("Stopped; pairs in training have made a checkpoint. The same command resumes them.")
-            )
+            console.print(Text("Stopped. The same command goes on, each pair from its last checkpoint."))
             return exit_code(stopped)
         print_answers(console, cells, run_dir)
         return 0

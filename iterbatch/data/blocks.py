@@ -17,6 +17,7 @@ from iterbatch.data.cache import cache_folder
 from iterbatch.data.documents import Document
 from iterbatch.data.tokens import Tokens, begin_of_text, tokenize, tokenizer_digest
 from iterbatch.errors import DataError
+from iterbatch.records.write import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ class Blocks:
 
     ids: np.ndarray  # (blocks, length) token ids, uint16 or int32
     trained: np.ndarray  # (blocks, length) bool: whether the loss is on that token, where it is predicted
+    note: str = ""  # what their user should know
 
     @classmethod
     def of(cls, ids: np.ndarray) -> Blocks:
@@ -72,14 +74,38 @@ def prepare_blocks(
     folder = cache_folder() / "blocks"
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}{end}.npy" for end in ("", "-trained")]
-    if not (data_key and all(file.exists() for file in files)):
+    seal = files[0].with_suffix(".json")
+    there = data_key and seal.exists()
+    whole = there and _digests(files) == _read_json(seal)
+    if not whole:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             total = _write_tokens(_packed(documents, tokenizer), max_tokens, Path(scratch), dtype)
             if total < max_length:
                 raise DataError(_too_short(total, max_length, max_tokens))
             _cut(Path(scratch), total // max_length, max_length, dtype, files)
+        write_json(seal, _digests(files))
     ids, trained = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
-    return Blocks(ids, trained)
+    damaged = f"{files[0]} was changed or cut short on disk; the blocks are prepared anew"
+    return Blocks(ids, trained, damaged if there and not whole else "")
+
+
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 by name; empty where one cannot be read."""
+    found = {}
+    try:
+        for file in files:
+            with file.open("rb") as content:
+                found[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return {}
+    return found
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _too_short(total: int, max_length: int, max_tokens: int | None) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from iterbatch.config import LossOn
 from iterbatch.data.documents import Document, Span, within
 from iterbatch.data.forms import Chat, Form, Message, Pair, Plain
-from iterbatch.errors import DataError, first_line
+from iterbatch.data.template import Template
+from iterbatch.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,8 @@ class Writer:
         self.loss_on: LossOn | None = loss_on
         self.keep_special = keep_special
         self._tokenizer = tokenizer
-        self._template = tokenizer is not None and bool(getattr(tokenizer, "chat_template", None))
+        self._has_template = tokenizer is not None and bool(getattr(tokenizer, "chat_template", None))
+        self._templates: dict[str, Template] = {}
         self._words = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True) if tokenizer else []
         self._special = re.compile("|".join(map(re.escape, self._words))) if self._words else None
         self._literal = () if keep_special else None
@@ -69,7 +71,7 @@ class Writer:
             return Document.of(form.text, literal=self._literal)
         if isinstance(form, Pair):
             return self._pair(form)
-        return self._chat(form) if self._template else self._lines(form)
+        return self._chat(form) if self._has_template else self._lines(form)
 
     # -- without a template ------------------------------------------------------------------------------
 
@@ -107,20 +109,17 @@ class Writer:
             text = _HIDDEN.sub(lambda match: self._words[ord(match.group()[0]) - FIRST], text)
         return self._bare(text, trained, literal)
 
-    def _renderer(self, chat: Chat) -> Render:
+    def _template_for(self, chat: Chat) -> Template:
+        """The tokenizer's template for such rows: some have another one for tools."""
         tokenizer: Any = self._tokenizer
+        source = tokenizer.get_chat_template(tools=chat.tools)
+        if source not in self._templates:
+            self._templates[source] = Template(source, tokenizer.special_tokens_map)
+        return self._templates[source]
 
-        def render(messages: Sequence[Message], answer: bool = False) -> str:
-            try:
-                return str(
-                    tokenizer.apply_chat_template(
-                        list(messages), tools=chat.tools, tokenize=False, add_generation_prompt=answer
-                    )
-                )
-            except Exception as problem:  # whatever a template raises, by itself or by what it lacks
-                raise DataError(f"the chat template refuses it: {first_line(problem)}") from problem
-
-        return render
+    def _renderer(self, chat: Chat) -> Render:
+        template = self._template_for(chat)
+        return lambda messages, answer=False: template.render(messages, chat.tools, answer=answer)[0]
 
     def _answered(self, chat: Chat, messages: list[Message], text: str, render: Render) -> tuple[Span, ...]:
         """Where the answers stand in a text: as the template marks them, else by comparing its beginnings."""
@@ -131,21 +130,11 @@ class Writer:
         return tuple(_answer(messages, number, text, render) for number in answers)
 
     def _marked(self, chat: Chat, messages: list[Message], text: str) -> tuple[Span, ...]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        tokenizer: Any = self._tokenizer
-        template = tokenizer.get_chat_template(tools=chat.tools)
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        template = self._template_for(chat)
+        if not template.marks:
             return ()
-        rendered, spans = render_jinja_template(
-            [messages],
-            tools=chat.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-        found: Any = spans[0]
-        return tuple((start, stop) for start, stop in found) if rendered[0] == text else ()
+        rendered, spans = template.render(messages, chat.tools, mark=True)
+        return tuple(spans) if rendered == text else ()
 
     def _hidden(self, messages: list[Message]) -> list[Message]:
         """With what looks like a special token and is only text as private characters, one for one.

@@ -18,7 +18,7 @@ from iterbatch.config import BenchConfig
 from iterbatch.data import hub
 from iterbatch.data.tokens import tokenizer_digest
 from iterbatch.errors import ConfigError, ModelError, first_line
-from iterbatch.model.headers import check_headers, files_digest, weight_files
+from iterbatch.model.headers import check_files, check_headers, files_digest, weight_files
 from iterbatch.model.lora import adapted_layers
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def load_base(config: BenchConfig) -> Base:
     path, options = _place(config)
     if config.model_path.endswith(GGUF) and importlib.util.find_spec("gguf") is None:
         raise ModelError(f"'{config.model_path}' needs a package: pip install \"iterbatch[gguf]\"")
+    if Path(path).is_dir() and "gguf_file" not in options:
+        check_files(Path(path), LOCAL_HINT)
     try:
         base_config = AutoConfig.from_pretrained(path, **options)
     except Exception as problem:

@@ -10,17 +10,44 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from iterbatch.config import LONGEST_JSON
 from iterbatch.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+SMALL = ("config.json", "generation_config.json")
+LARGEST = {".json": 1 << 28, ".jinja": 1 << 20, ".safetensors": 1 << 25}  # bytes; of weights, their header's
 FLOATS = ("F32", "BF16", "F16")  # quantised weights have shapes of their own
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The base's own, in order; an adapter's beside them are none of it."""
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
+
+
+def check_files(folder: Path, hint: str) -> None:
+    """See that a local folder's files can be read at all, and in little memory, before anything reads them.
+
+    Raises:
+        ModelError: for a pipe or a device, and for what is far larger than such a file ever is.
+    """
+    for file in folder.iterdir():
+        if file.is_dir():
+            continue
+        if not file.is_file() and file.exists():
+            raise ModelError(f"{file} is neither a file nor a folder. {hint}")
+        limit = LONGEST_JSON if file.name in SMALL else LARGEST.get(file.suffix)
+        size = _header_bytes(file) if file.suffix == ".safetensors" else file.stat().st_size
+        if limit is not None and size > limit:
+            what = "has a header of" if file.suffix == ".safetensors" else "has"
+            raise ModelError(f"{file} {what} {size:,} bytes; at most {limit:,} are read. {hint}")
+
+
+def _header_bytes(file: Path) -> int:
+    """As its first eight bytes say."""
+    with file.open("rb") as stream:
+        return int.from_bytes(stream.read(8), "little")
 
 
 def files_digest(files: Sequence[Path]) -> str:

@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from iterbatch.records import layout
+from iterbatch.records import layout, seal
 from iterbatch.records.write import write_json
 
 
@@ -20,13 +20,14 @@ class BaseTable:
 
 def write_base_table(folder: Path, table: BaseTable) -> None:
     """Write it into the folder of its cell."""
-    write_json(folder / layout.BASE_LOSSES, asdict(table))
+    write_json(folder / layout.BASE_LOSSES, seal.sealed(asdict(table)))
 
 
 def read_base_table(folder: Path) -> BaseTable | None:
     """The table of a cell; None where it has none, or a damaged one, which is made anew."""
     try:
         content = json.loads((folder / layout.BASE_LOSSES).read_text(encoding="utf-8"))
+        seal.check(content)
         nats = [float(value) for value in content["nats"]]
         table = BaseTable(nats, float(content["flops"]), float(content["seconds"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -1,7 +1,6 @@
 """What a run was made on: versions, hardware, and the memory of this process."""
 
 import contextlib
-import math
 import os
 import platform
 import subprocess
@@ -9,6 +8,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def environment() -> dict[str, Any]:
@@ -93,10 +94,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory in MB: of the accelerator where there is one, else resident in this process.
-
-    NaN where unknown.
-    """
+    """Peak memory in MB: of the accelerator where there is one, else resident in this process."""
     import torch
 
     if torch.cuda.is_available():
@@ -106,19 +104,8 @@ def peak_memory_mb() -> float:
             line for line in _PROC_STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
         )
         return int(line.split()[1]) * 1024 / 1e6
-    try:
-        import psutil
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e6  # pyright: ignore[reportAttributeAccessIssue]
+    import resource
 
-        memory = psutil.Process().memory_info()
-        return getattr(memory, "peak_wset", memory.rss) / 1e6
-    except ImportError:  # an extra
-        return _unix_peak_mb()
-
-
-def _unix_peak_mb() -> float:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iterbatch.errors import RunError
-from iterbatch.records import layout
+from iterbatch.records import layout, seal
 from iterbatch.records.write import write_json
 
 DECODINGS = ("greedy", "sampled")
@@ -93,8 +93,8 @@ class ArmResult:
         return self.arm.strategy if self.arm is not None else self.strategy
 
     def write(self, folder: Path) -> None:
-        """Write it into the folder of its arm and seed."""
-        write_json(folder / layout.RESULT, dataclasses.asdict(self))
+        """Write it into the folder of its arm and seed, with digests of its records there."""
+        write_json(folder / layout.RESULT, seal.sealed(dataclasses.asdict(self), folder))
 
 
 NUMBERS = {each.name for each in dataclasses.fields(ArmResult) if each.type in (int, float)} - {"seed"}
@@ -106,15 +106,24 @@ def read_result(folder: Path) -> ArmResult:
     """The result in the folder of an arm and seed; the folder's names count, not what the result says.
 
     Raises:
-        RunError: where it cannot be read.
+        RunError: where it cannot be read, or is not as it was written.
     """
     file = folder / layout.RESULT
     try:
         row = json.loads(file.read_text(encoding="utf-8"))
+        seal.check(row)
         return result_of(row, folder.parent.name, layout.seed_of(folder) or 0)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
-        advice = "delete its folder and train that arm again with --resume"
-        raise RunError(f"{file} is damaged ({problem!r}); {advice}") from problem
+        raise RunError(f"{file} is damaged ({problem}); {seal.ADVICE}") from problem
+
+
+def check_records(folder: Path) -> None:
+    """Compare the records of an arm and seed with the digests in its result.
+
+    Raises:
+        RunError: naming the file that was changed.
+    """
+    seal.check_records(json.loads((folder / layout.RESULT).read_text(encoding="utf-8")), folder)
 
 
 def result_of(row: Mapping[str, Any], arm: str, seed: int) -> ArmResult:
@@ -131,6 +140,9 @@ def result_of(row: Mapping[str, Any], arm: str, seed: int) -> ArmResult:
         if not _is_number(value):
             raise ValueError(f"{name} is {value!r}")
         fields[name] = value
+    for name in ("flops", "tokens_trained", "tokens_unique"):
+        if fields["batches"] and not fields.get(name, 1) > 0:
+            raise ValueError(f"{name} is {fields[name]!r} after {fields['batches']} batches")
     fields["text"] = _text_metrics("text", row["text"])
     if "base_text" in row:  # earlier versions kept none
         fields["base_text"] = _text_metrics("base_text", row["base_text"])

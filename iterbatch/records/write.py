@@ -5,9 +5,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
+
+from iterbatch.errors import RunError
 
 SCRATCH = ".part"  # how the names of files that are being written end
 
@@ -58,6 +60,28 @@ def sweep(folder: Path) -> None:
     """Remove what processes that were killed while writing have left."""
     for scratch in folder.rglob(f".*{SCRATCH}"):
         shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+
+
+def refuse_links(folder: Path, leaving: Collection[str] = ()) -> None:
+    """See that a folder holds no link, pipe or device: what is written or deleted there stays there.
+
+    Args:
+        folder: May itself be one; its user chose it.
+        leaving: Names of folders within it that are not looked into.
+
+    Raises:
+        RunError: with its name.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            found = Path(parent, name)
+            relative = found.relative_to(folder)  # a junction of Windows is no link by name
+            if found.is_symlink() or (os.name == "nt" and found.resolve() != folder.resolve() / relative):
+                advice = "nothing is written through one; put what it names in its place"
+                raise RunError(f"{found} is a link, and {advice}")
+            if not (found.is_file() or found.is_dir()):
+                raise RunError(f"{found} is neither a file nor a folder; delete it")
+        folders[:] = [name for name in folders if name not in leaving]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
 from iterbatch.report.comparison import CellScores, Comparison
 from iterbatch.report.wording import interval_of, interval_words, mean, number, percent, share_words
@@ -13,11 +14,33 @@ def answers(cell: CellScores) -> list[str]:
 
     Which arm is best at this budget, what reaching the baseline takes, what controls leave of it.
     """
+    if cell.open:
+        return [unfinished(cell.open)]
     if cell.arm(REFERENCE) is None:
         return [f"There is no arm '{REFERENCE}' to compare with; the table below stands alone."]
-    said = [*_best(cell), *_luck_words(cell), *_alike_words(cell), *_worth_words(cell), _target_words(cell)]
+    said = [
+        *_unpaired_words(cell),
+        *_best(cell),
+        *_luck_words(cell),
+        *_alike_words(cell),
+        *_worth_words(cell),
+        _target_words(cell),
+    ]
     said += [f"{question} {verdict_words(each)}" for question, each in cell.questions]
     return [*said, *_text_words(cell)]
+
+
+def unfinished(pairs: Sequence[tuple[str, int]]) -> str:
+    """What to say first while pairs of arm and seed are still to be trained."""
+    named = ", ".join(f"{arm} with seed {seed}" for arm, seed in pairs[:3])
+    more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+    return f"Unfinished, no verdict yet: {named}{more} still to be trained. The numbers are those so far."
+
+
+def _unpaired_words(cell: CellScores) -> list[str]:
+    left = ", ".join(f"{arm} with seed {seed}" for arm, seed in cell.unpaired)
+    why = "scored on other documents than the baseline, or document by document not at all"
+    return [f"Left out of every comparison: {left}, {why}."] if left else []
 
 
 def _best(cell: CellScores) -> list[str]:
@@ -108,6 +131,7 @@ def verdict_words(each: Comparison) -> str:
         "trained alike": f"Not tested: {each.arm} and {each.reference} trained alike, to the last digit.",
         "reference failed": f"{each.reference} failed with a seed that {each.arm} finished.",
         "failed": f"{each.arm} failed with a seed that {each.reference} finished.",
+        "unfinished": f"Not decided, pairs are still to be trained: {what}.",
     }
     return words[each.verdict]
 

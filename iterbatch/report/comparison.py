@@ -59,10 +59,13 @@ class Comparison:
     # Part of its standard error that comes from the choice of learning rates; NaN where it is not known.
     luck: float = math.nan
     p_adjusted: float = math.nan
+    decided: bool = True  # not while a pair of its cell is still to be trained
 
     @property
     def verdict(self) -> str:
         """In a word: better, worse, or no difference found."""
+        if not self.decided:
+            return "unfinished"
         if math.isinf(self.estimate):
             return "failed" if self.estimate > 0 else "reference failed"
         if self.interval is None:
@@ -81,13 +84,23 @@ class CellScores:
         run_dir: Its folder.
         name: Of the cell; empty for a study of one.
         kinds: Of its arms, by name and in their order; default: what their results say.
+        seeds: That its arms are trained with; default: those there are.
 
     Raises:
         RunError: where a record that is needed is damaged.
     """
 
-    def __init__(self, run_dir: Path, name: str = "", kinds: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str = "",
+        kinds: Mapping[str, str] | None = None,
+        seeds: Sequence[int] = (),
+    ) -> None:
         self.run_dir, self.name = run_dir, name
+        wanted = [(arm, seed) for seed in seeds for arm in kinds or {}]
+        # Arms and seeds that are still to be trained: no verdict before.
+        self.open = [each for each in wanted if not layout.ended(layout.arm_folder(run_dir, *each))]
         self.arms = read_arms(run_dir, kinds or {})
         self.config = settings_of(run_dir)
         study = run_dir.parent if name else run_dir
@@ -225,7 +238,7 @@ class CellScores:
     @cached_property
     def against_baseline(self) -> list[Comparison]:
         """Every arm against the baseline, its p-values adjusted for their number."""
-        return _adjusted([self.compare(arm.name) for arm in self.compared])
+        return self._adjusted([self.compare(arm.name) for arm in self.compared])
 
     @cached_property
     def questions(self) -> list[tuple[str, Comparison]]:
@@ -235,11 +248,37 @@ class CellScores:
         """
         known = {(each.arm, each.reference): each for each in self.against_baseline}
         asked = [self.compare(arm, control) for _, arm, control in self._asked if control != REFERENCE]
-        known |= {(each.arm, each.reference): each for each in _adjusted(asked)}
+        known |= {(each.arm, each.reference): each for each in self._adjusted(asked)}
         return [
             (question, known[arm, control])
             for question, arm, control in self._asked
             if (arm, control) in known
+        ]
+
+    def _adjusted(self, comparisons: Sequence[Comparison | None]) -> list[Comparison]:
+        found = [each for each in comparisons if each is not None]
+        if self.open:
+            return [dataclasses.replace(each, decided=False) for each in found]
+        adjusted = iter(stats.holm([each.interval.p for each in found if each.interval is not None]))
+        return [
+            dataclasses.replace(each, p_adjusted=math.nan if each.interval is None else next(adjusted))
+            for each in found
+        ]
+
+    @property
+    def unpaired(self) -> list[tuple[str, int]]:
+        """Arms and seeds that ended as the baseline's did, and were scored on other documents, or on none."""
+        baseline = self.arm(REFERENCE)
+        theirs = {each.seed for each in baseline.finished} if baseline else set()
+        paired = {
+            arm.name: {one.seed for one, _ in self._pairs(arm.name, REFERENCE, "test")}
+            for arm in self.compared
+        }
+        return [
+            (arm.name, each.seed)
+            for arm in self.compared
+            for each in arm.finished
+            if each.seed in theirs - paired[arm.name]
         ]
 
     @property
@@ -308,7 +347,7 @@ class CellScores:
             return None
         share = stats.exchange(*self.exchange)
         needed = [share(one.loss("test") - two.loss("test")) for one, two in pairs]
-        spent = [_flops(one) / _flops(two) for one, two in pairs]
+        spent = [_flops(one) / (_flops(two) or math.nan) for one, two in pairs]
         return stats.speed_up(needed, spent)
 
     @property
@@ -346,15 +385,6 @@ def _questions(arm: ArmScores, adaptive: Sequence[str]) -> list[tuple[str, str, 
     return asked
 
 
-def _adjusted(comparisons: Sequence[Comparison | None]) -> list[Comparison]:
-    found = [each for each in comparisons if each is not None]
-    adjusted = iter(stats.holm([each.interval.p for each in found if each.interval is not None]))
-    return [
-        dataclasses.replace(each, p_adjusted=math.nan if each.interval is None else next(adjusted))
-        for each in found
-    ]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -383,6 +413,7 @@ def cells_of(run_dir: Path) -> list[CellScores]:
                 run_dir / name,
                 name,
                 {arm: _own(own).get("strategy", arm) for arm, own in cell["arms"].items()},
+                [seed for seed in cell["config"].get("seeds") or () if isinstance(seed, int)],
             )
             for name, cell in cells.items()
         ]

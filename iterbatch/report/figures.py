@@ -21,6 +21,7 @@ from iterbatch.records.scheduler import read_scheduler
 from iterbatch.records.write import whole_or_not
 from iterbatch.report.comparison import AXES, CellScores
 from iterbatch.report.scores import ArmScores
+from iterbatch.report.wording import plain
 from iterbatch.strategy import REFERENCE
 
 if TYPE_CHECKING:
@@ -105,10 +106,19 @@ def _keep(figure: Figure, folder: Path, name: str) -> str:
     return svg.replace(INK, "currentColor")
 
 
-def _colour(cell: CellScores, arm: str) -> dict[str, Any]:
+def _style(cell: CellScores, arm: str) -> dict[str, Any]:
     place = [each.name for each in cell.arms].index(arm)
     colour = PALETTE[place % (len(PALETTE) - 1)]  # not black, which a dark page hides
-    return {"color": colour, "linestyle": STYLES[place // (len(PALETTE) - 1) % len(STYLES)]}
+    return {
+        "label": _literal(arm),
+        "color": colour,
+        "linestyle": STYLES[place // (len(PALETTE) - 1) % len(STYLES)],
+    }
+
+
+def _literal(name: str) -> str:
+    """A name from outside as it is: between two dollars matplotlib would set it as a formula."""
+    return plain(name).replace("$", r"\$")
 
 
 def _legend(axes: Axes, **more: Any) -> None:
@@ -129,8 +139,8 @@ def _curves(axes: Axes, cell: CellScores, *, axis: str, label: str) -> bool:
             continue
         cost = [statistics.fmean(getattr(record, axis) for record in group) for group in points]
         values = np.array([[record.ppl for record in group] for group in points])
-        style = _colour(cell, arm.name)
-        axes.plot(cost, values.mean(axis=1), marker="o", markersize=3, linewidth=1.4, label=arm.name, **style)
+        style = _style(cell, arm.name)
+        axes.plot(cost, values.mean(axis=1), marker="o", markersize=3, linewidth=1.4, **style)
         if len(curves) > 1:
             axes.fill_between(
                 cost, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.12, linewidth=0
@@ -144,7 +154,7 @@ def _curves(axes: Axes, cell: CellScores, *, axis: str, label: str) -> bool:
 
 def _rows(axes: Axes, names: Sequence[str]) -> np.ndarray:
     places = np.arange(len(names))[::-1]
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, list(map(_literal, names)))
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.grid(visible=False, axis="y")
     return places
@@ -153,7 +163,7 @@ def _rows(axes: Axes, names: Sequence[str]) -> np.ndarray:
 def _forest(axes: Axes, cell: CellScores) -> bool:
     found = [each for each in cell.against_baseline if np.isfinite(each.estimate)]
     for place, each in zip(_rows(axes, [each.arm for each in found]), found, strict=True):
-        colour = _colour(cell, each.arm)["color"]
+        colour = _style(cell, each.arm)["color"]
         if each.interval is not None:
             axes.plot([each.interval.low, each.interval.high], [place, place], color=colour, linewidth=2)
         axes.plot([each.estimate], [place], marker="s", color=colour, markersize=5)
@@ -169,7 +179,7 @@ def _to_target(axes: Axes, cell: CellScores) -> bool:
         interval, reached, of = cell.to_target(arm.name)
         if reached == of and interval.estimate > 0:
             axes.barh(
-                place, 1 / interval.estimate, height=0.6, color=_colour(cell, arm.name)["color"], alpha=0.8
+                place, 1 / interval.estimate, height=0.6, color=_style(cell, arm.name)["color"], alpha=0.8
             )
             if np.isfinite(interval.low):
                 axes.plot([1 / interval.high, 1 / interval.low], [place, place], color=INK, linewidth=1)
@@ -191,11 +201,11 @@ def _worth(axes: Axes, cell: CellScores) -> bool:
     reach = np.ptp([*losses, *(estimate for estimate, _ in found)])
     height = -np.inf  # of the last label; they must not lie on one another
     for estimate, arm in found:
-        axes.plot(1, estimate, marker="s", markersize=6, linestyle="", color=_colour(cell, arm)["color"])
+        axes.plot(1, estimate, marker="s", markersize=6, linestyle="", color=_style(cell, arm)["color"])
         height = max(estimate, height + 0.045 * reach)
         line = {"arrowstyle": "-", "linewidth": 0.5, "color": INK}
         place = {"xytext": (1.06, height), "verticalalignment": "center", "fontsize": 8, "color": INK}
-        axes.annotate(arm, (1, estimate), arrowprops=line, **place)
+        axes.annotate(_literal(arm), (1, estimate), arrowprops=line, **place)
     axes.set(xlabel="budget, share of the cell's", ylabel="log test perplexity, to the baseline's")
     return True
 
@@ -209,10 +219,8 @@ def _tuning(axes: Axes, cell: CellScores) -> bool:
         rates, losses = np.array(curve.rates)[order], curve.table[order]
         rates, losses = rates[np.isfinite(losses).all(axis=1)], losses[np.isfinite(losses).all(axis=1)]
         if len(rates):
-            style = _colour(cell, arm.name)
-            axes.plot(
-                rates, losses.mean(axis=1), marker="o", markersize=3, linewidth=1.4, label=arm.name, **style
-            )
+            style = _style(cell, arm.name)
+            axes.plot(rates, losses.mean(axis=1), marker="o", markersize=3, linewidth=1.4, **style)
             if losses.shape[1] > 1:
                 low, high = losses.min(axis=1), losses.max(axis=1)
                 axes.fill_between(rates, low, high, color=style["color"], alpha=0.1, linewidth=0)
@@ -263,7 +271,7 @@ def _passes(axes: Axes, cell: CellScores) -> bool:
             continue
         length = min(map(len, seeds))
         passes = np.array([seed[:length] for seed in seeds], dtype=float).mean(axis=0)
-        axes.plot(np.arange(length), smooth(passes), linewidth=1.4, label=arm.name, **_colour(cell, arm.name))
+        axes.plot(np.arange(length), smooth(passes), linewidth=1.4, **_style(cell, arm.name))
     axes.set(xlabel="batch", ylabel="passes a batch")
     _legend(axes)
     return bool(axes.lines)
@@ -279,8 +287,10 @@ def _by_loss(axes: Axes, cell: CellScores) -> bool:
         points = points[random.permutation(len(points))[:POINTS]]
         offset = (place - (len(cell.arms) - 1) / 2) * 0.6 / len(cell.arms)
         height = points[:, 1] + offset + random.uniform(-0.04, 0.04, len(points))
-        colour = _colour(cell, arm.name)["color"]
-        axes.scatter(points[:, 0], height, s=5, alpha=0.5, linewidths=0, color=colour, label=arm.name)
+        style = _style(cell, arm.name)
+        axes.scatter(
+            points[:, 0], height, s=5, alpha=0.5, linewidths=0, color=style["color"], label=style["label"]
+        )
     axes.set(xlabel="initial loss, nats a token", ylabel="passes")
     _legend(axes, markerscale=3)
     return bool(axes.collections)
@@ -295,16 +305,8 @@ def _by_pass(axes: Axes, cell: CellScores) -> bool:
         for seed in arm.finished:
             falls[: len(seed.batches.falls)] += seed.batches.falls
             fallen[: len(seed.batches.fallen)] += seed.batches.fallen
-        style = _colour(cell, arm.name)
-        axes.plot(
-            range(1, deepest + 1),
-            falls / fallen,
-            marker="o",
-            markersize=4,
-            linewidth=1.4,
-            label=arm.name,
-            **style,
-        )
+        style = _style(cell, arm.name)
+        axes.plot(range(1, deepest + 1), falls / fallen, marker="o", markersize=4, linewidth=1.4, **style)
     axes.set(xlabel="pass", ylabel="loss before it, minus initial loss")
     locator: Any = axes.xaxis.get_major_locator()
     locator.set_params(integer=True)
@@ -325,7 +327,7 @@ def _split(axes: Axes, cell: CellScores) -> bool:
         axes.barh(places, width, left=left, height=0.6, color=colour, label=label)
         left += width
     _plain_x(axes)
-    axes.set(xlabel="FLOPs a run", xlim=(0, left.max() * 1.02 if len(left) else 1))
+    axes.set(xlabel="FLOPs a run", xlim=(0, max(left, default=0.0) * 1.02 or 1))
     _legend(axes, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return bool(arms)
 

@@ -19,13 +19,14 @@ from iterbatch.records import layout
 from iterbatch.records.base_table import read_base_table
 from iterbatch.records.read import Samples, read_samples
 from iterbatch.records.result import DECODINGS, ArmResult
-from iterbatch.records.write import write_text
+from iterbatch.records.write import refuse_links, write_text
 from iterbatch.report import figures, mauve, summary
-from iterbatch.report.answers import answers, verdict_words
-from iterbatch.report.comparison import CellScores, Comparison, read_cells
+from iterbatch.report.answers import answers, unfinished, verdict_words
+from iterbatch.report.comparison import CellScores, Comparison, cells_of, read_cells
 from iterbatch.report.scores import ArmScores, SeedScores
 from iterbatch.report.stats import Interval
 from iterbatch.report.wording import (
+    cell_text,
     interval_of,
     interval_words,
     markdown,
@@ -83,13 +84,16 @@ def write(run_dir: Path, mauve_model: Path | None = None) -> list[CellScores]:
     Raises:
         RunError: where there is nothing to report, or a file that is needed is damaged.
     """
+    refuse_links(run_dir, leaving=[layout.TRACKING])
     cells = read_cells(run_dir)
+    left = [pair for cell in cells_of(run_dir) for pair in cell.open]
     if mauve_model is not None:
         cells = mauve.scored(cells, mauve_model)
     summary.write(run_dir)
     sections = [_section(cell, run_dir) for cell in cells]
     content = {
         "title": run_dir.resolve().name,
+        "unfinished": unfinished(left) if left else "",
         "sections": sections,
         "map": _map(sections),
         "text_metrics": TEXT,
@@ -160,14 +164,15 @@ def _row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> dict[
     worth = cell.worth(arm.name)
     baseline = cell.arm(REFERENCE)
     both = baseline is not None and arm.finished and baseline.finished
-    ratio = _flops(arm) / _flops(baseline) if both else math.nan  # pyright: ignore[reportArgumentType]
+    spent = _flops(baseline) if both and baseline is not None else 0.0
+    ratio = _flops(arm) / spent if spent else math.nan
     return {
         "arm": arm.name,
         "seeds": f"{len(arm.finished)}" + (f" (+{len(arm.failures)} failed)" if arm.failures else ""),
         "val": spread(arm.values(lambda result: result.val_ppl)) if not arm.failures else "∞",
         "test": spread(arm.values(lambda result: result.test_ppl)) if not arm.failures else "∞",
         "delta": "" if compared is None else interval_words(compared),
-        "p": "" if compared is None or compared.interval is None else f"{compared.p_adjusted:.3f}",
+        "p": "" if compared is None or compared.interval is None else number(compared.p_adjusted, 3),
         "improvement": "" if compared is None else number(compared.improvement, 2),
         "verdict": "" if compared is None else compared.verdict,
         "target": _share(interval, reached, of) if arm.name != REFERENCE else "",
@@ -361,8 +366,8 @@ def _csv(cells: Iterable[CellScores]) -> str:
     columns = list(dict.fromkeys(key for line in lines for key in line))
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    writer.writerow({column: cell_text(column) for column in columns})
+    writer.writerows({column: cell_text(value) for column, value in line.items()} for line in lines)
     return buffer.getvalue()
 
 

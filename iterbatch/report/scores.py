@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from iterbatch.errors import DataError
+from iterbatch.errors import DataError, RunError
 from iterbatch.records import layout
 from iterbatch.records.read import DocumentScores, failure_of, read_documents
 from iterbatch.records.record import BatchRecord, EvalRecord, read_lines, tolerant
-from iterbatch.records.result import ArmResult, ArmSettings, read_result
+from iterbatch.records.result import ArmResult, ArmSettings, check_records, read_result
+from iterbatch.records.seal import ADVICE
 from iterbatch.strategy import STRATEGIES
 
 Figure = Callable[[ArmResult], float | None]
@@ -176,8 +177,35 @@ def _seed(seed: int, folder: Path) -> SeedScores:
     if not (folder / layout.RESULT).exists():
         return SeedScores(seed, folder, None, failed=failure_of(folder))
     result = read_result(folder)
+    check_records(folder)
     evals, skipped = tolerant(folder / layout.EVALS, EvalRecord)
     failed = result.stopped or None
     if failed is None and not result.finite:
         failed = "its final loss is not finite"
-    return SeedScores(seed, folder, result, evals, read_documents(folder), failed, skipped)
+    documents = read_documents(folder)
+    if result.finite:
+        _check_alike(folder, result, evals, documents)
+    return SeedScores(seed, folder, result, evals, documents, failed, skipped)
+
+
+def _check_alike(
+    folder: Path, result: ArmResult, evals: Sequence[EvalRecord], documents: DocumentScores
+) -> None:
+    """See that a result, its evaluations and its documents tell of the same losses.
+
+    Raises:
+        RunError: naming what does not.
+    """
+    if any(record.tokens <= 0 for record in evals):
+        raise RunError(f"{folder / layout.EVALS} has an evaluation of no tokens; {ADVICE}")
+    told = {
+        split: math.log(ppl) for split, ppl in (("validation", result.val_ppl), ("test", result.test_ppl))
+    }
+    by_document = {split: nats.sum() / tokens.sum() for split, (nats, tokens) in documents.items()}
+    tests = [record for record in evals if record.split == "test"]
+    by_evaluation = {"test": tests[-1].nats / tests[-1].tokens} if tests and tests[-1].tokens else {}
+    for file, losses in ((layout.DOCUMENTS, by_document), (layout.EVALS, by_evaluation)):
+        for split, loss in losses.items():
+            if not math.isclose(loss, told[split], rel_tol=1e-6, abs_tol=1e-9):
+                losses_told = f"{loss:.6f} and {told[split]:.6f} nats a token on {split}"
+                raise RunError(f"{folder / file} and {layout.RESULT} do not agree: {losses_told}; {ADVICE}")

@@ -98,7 +98,7 @@ def _compute_ratio(cell: CellScores, arm: ArmScores) -> float | None:
     baseline = cell.arm(REFERENCE)
     spent = {each.seed: each.flops for each in _results(baseline)} if baseline is not None else {}
     results = _results(arm)
-    ratios = [each.flops / spent[each.seed] for each in results if each.seed in spent]
+    ratios = [each.flops / spent[each.seed] for each in results if spent.get(each.seed)]
     return statistics.fmean(ratios) if ratios and len(ratios) == len(results) else None
 
 

@@ -73,6 +73,14 @@ def markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(plain(text).replace("\n", " ")))
 
 
+def cell_text(value: object) -> object:
+    """A value for a table that a spreadsheet may open: text is text there, never a formula."""
+    if not isinstance(value, str):
+        return value
+    inert = plain(value).replace("\n", " ")
+    return f"'{inert}" if re.match(r"\s*[=+\-@]", inert) else inert
+
+
 def plain(text: str) -> str:
     """Text without control characters (but for line breaks), so that it is inert in a terminal too."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", " ", text)

@@ -9,6 +9,7 @@ What does not live here: when activations are computed or read (:mod:`iterbatch.
 """
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from iterbatch.data.cache import cache_folder
 from iterbatch.errors import RunError
-from iterbatch.records.write import write_json
+from iterbatch.records.write import refuse_links, write_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ENTRY = np.dtype([("checksum", "<u8"), ("seconds", "<f8")])  # checksum 0: nothing stored
@@ -102,6 +103,7 @@ class ActivationStore:
     def _take_lock(self) -> bool:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(self.folder)
             lock = FileLock(self.folder / "lock", blocking=False)
             lock.acquire()
         except Timeout:
@@ -109,6 +111,9 @@ class ActivationStore:
                 "busy",
                 f"another run is filling {self.folder.name}; this one reads what is there and stores nothing",
             )
+            return False
+        except RunError as problem:
+            self._say("link", f"{problem}; the activation store is read, nothing is stored")
             return False
         except OSError as problem:
             if not (self.folder / "header.json").exists():
@@ -144,6 +149,8 @@ class ActivationStore:
             with (self.folder / name).open("ab") as content:
                 # A file cut short is filled up with zeros, and the items that are lost fail their checksum.
                 content.truncate(max(size, content.tell()))
+                if name == "index.bin":  # all of it is read through a map; of the rest only what was written
+                    _allocate(content.fileno(), size)
         return True
 
     def _open(self) -> None:
@@ -229,6 +236,16 @@ class ActivationStore:
             self._lock.release()
 
 
+def _allocate(handle: int, size: int) -> None:
+    """Take the disk space of a file: to read a hole of it through a map ends the process on a full disk.
+
+    Raises:
+        OSError: where there is not as much.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+
+
 def _write_at(file: Any, position: int, data: bytes) -> None:
     file.seek(position)
     view = memoryview(data)
@@ -271,7 +288,8 @@ def stores_folder() -> Path:
 def list_stores() -> list[StoreInfo]:
     """Every store of this machine, whether its header can be read or not."""
     root = stores_folder()
-    return [_info(folder) for folder in sorted(root.iterdir()) if folder.is_dir()] if root.is_dir() else []
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return [_info(folder) for folder in folders if folder.is_dir() and not folder.is_symlink()]
 
 
 def _info(folder: Path) -> StoreInfo:
@@ -298,11 +316,12 @@ def _disk_bytes(file: Path) -> int:
 
 
 def _free(folder: Path) -> FileLock | None:
-    """The lock of a store that nobody is filling, taken; None where it is in use."""
-    lock = FileLock(folder / "lock", blocking=False)
+    """The lock of a store that nobody is filling, taken; None where it is in use, or holds a link."""
     try:
+        refuse_links(folder)
+        lock = FileLock(folder / "lock", blocking=False)
         lock.acquire()
-    except (Timeout, OSError):
+    except (Timeout, OSError, RunError):
         return None
     return lock
 
@@ -311,7 +330,7 @@ def clear_stores(keys: Sequence[str] = ()) -> tuple[list[StoreInfo], list[StoreI
     """Delete stores, all of them where no key is given; a key may be shortened as long as it is clear.
 
     Returns:
-        Those deleted, and those left because a run is filling them.
+        Those deleted, and those left because a run is filling them or they hold a link.
 
     Raises:
         RunError: for a key that names none or several.

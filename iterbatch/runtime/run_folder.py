@@ -16,9 +16,9 @@ from filelock import FileLock, Timeout
 from iterbatch.config import LAST, BenchConfig
 from iterbatch.errors import RunError, typed
 from iterbatch.plain_yaml import dump_yaml
-from iterbatch.records.layout import CONFIG, HOLDER, LOCK
+from iterbatch.records.layout import CONFIG, HOLDER, LOCK, TRACKING
 from iterbatch.records.read import read_config
-from iterbatch.records.write import sweep, write_text
+from iterbatch.records.write import refuse_links, sweep, write_text
 
 # May differ when a run is resumed.
 RESUMABLE = ("strategies", "seeds", "save_dir", "log_with", "eval_batch_size", "checkpoint_every")
@@ -135,9 +135,10 @@ def locked(folder: Path) -> Iterator[None]:
     who to look for.
 
     Raises:
-        RunError: where another process holds it.
+        RunError: where another process holds it, or something in it is a link.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder, leaving=[TRACKING])
     lock = FileLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()

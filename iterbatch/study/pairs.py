@@ -116,7 +116,7 @@ class Engine(Protocol):
         """Train those that have not ended.
 
         Raises:
-            Stopped: where it was asked to stop; pairs in training have made a checkpoint.
+            Stopped: where it was asked to stop; pairs in training go on from their last checkpoints.
         """
         ...
 

@@ -65,7 +65,7 @@ def compare(
 
     Raises:
         RunError: where the folder cannot be used, or the workers cannot even begin.
-        Stopped: where it was asked to stop; pairs in training have made a checkpoint.
+        Stopped: where it was asked to stop; pairs in training go on from their last checkpoints.
     """
     if run_dir.is_symlink() or (run_dir.exists() and not run_dir.is_dir()):
         raise RunError(f"{run_dir} is not a folder; give another --run_name")

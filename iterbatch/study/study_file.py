@@ -13,7 +13,7 @@ from iterbatch.checks import settings as all_settings
 from iterbatch.config import NOT_SAVED, UNITS
 from iterbatch.errors import ConfigError, UserError, did_you_mean, first_line
 from iterbatch.flags import CompareFlags, flag_words, parse
-from iterbatch.plain_yaml import editor, key_lines, parse_yaml
+from iterbatch.plain_yaml import editor, key_lines, parse_yaml, read_text
 from iterbatch.records.write import write_text
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, own_knobs, source_of
 from iterbatch.study.pairs import Cell, Study
@@ -21,7 +21,11 @@ from iterbatch.study.pairs import Cell, Study
 ARM_TRAINING = ("lr", "warmup", "weight_decay", "clip_norm", "budget_share")
 # Where a comparison differs from a run.
 DEFAULTS = {"match": "flops", "seeds": [0, 1, 2], "evals": 10, "prompts": 200, "log_with": "none"}
-SECTIONS = ("about", "settings", "arms", "cells", "tune", "worth")
+SECTIONS = ("about", "environment", "settings", "arms", "cells", "tune", "worth")
+# Settings in which ${NAME} stands for the environment's value, and the names that may stand there undeclared.
+EXPANDED = ("data_dir", "model_name")
+OWN_NAMES = "ITERBATCH_"
+SECRET = re.compile(r"token|secret|passw|key|credential", re.IGNORECASE)  # in names that may not be declared
 # Of the arms to tune; where none is named, all.
 TUNING: dict[str, Any] = {
     "trials": 8,
@@ -50,8 +54,9 @@ class _Source:
         self.path = path
         self.lines: dict[tuple[str, ...], int] = {}
         self.problems: list[str] = []
+        self.declared: list[str] = []  # variables of the environment that it may use
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = read_text(path)
             self.content = parse_yaml(text, duplicates=True)
         except OSError as problem:
             raise ConfigError(f"the study {path} cannot be read: {problem.strerror}") from problem
@@ -91,6 +96,42 @@ class _Source:
                     (*place, key), f"unknown {what} '{key}'; allowed are {', '.join(allowed)}{near}"
                 )
 
+    def declare(self) -> None:
+        """Note which variables of the environment the study may use."""
+        given = self.content.get("environment") if isinstance(self.content, dict) else None
+        for name in [] if given is None else given if isinstance(given, list) else [given]:
+            if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
+                message = f"environment holds {name!r}; write a list of variables' names"
+                self.complain(("environment",), message)
+            elif SECRET.search(name):
+                message = f"environment names {name}, which looks like a secret; a study has no use for one"
+                self.complain(("environment",), message)
+            else:
+                self.declared.append(name)
+
+    def words(self, settings: Settings) -> list[str]:
+        """Settings as flags; ``${NAME}`` in a place of data or models stands for the environment's."""
+        return [
+            self._expanded(key, word) for key, value in settings.items() for word in flag_words(key, value)
+        ]
+
+    def _expanded(self, key: str, word: str) -> str:
+        def value(match: re.Match[str]) -> str:
+            name = match.group(1)
+            if key not in EXPANDED:
+                places = " and ".join(EXPANDED)
+                raise ConfigError(f"{key} names ${{{name}}}; variables stand in {places} only")
+            if not name.startswith(OWN_NAMES) and name not in self.declared:
+                raise ConfigError(
+                    f"{key} names ${{{name}}}; a study may use variables whose names begin with {OWN_NAMES}, "
+                    "and those it lists in its section 'environment'"
+                )
+            if name not in os.environ:
+                raise ConfigError(f"the environment has no {name}, which {key} of the study names; set it")
+            return os.environ[name]
+
+        return re.sub(r"\$\{(\w+)\}", value, word)
+
     def stop(self) -> None:
         """Raise what has been found so far."""
         if self.problems:
@@ -109,6 +150,7 @@ def load_study(path: Path, words: Sequence[str] = ()) -> Study:
     """
     source = _Source(path)
     source.check_keys((), SECTIONS, "section")
+    source.declare()
     if not source.table("arms"):
         source.complain(
             ("arms",), f"a study needs arms: write 'arms:' with one name a line, {REFERENCE} among them"
@@ -134,7 +176,8 @@ def study_of_flags(words: Sequence[str]) -> Study:
     Raises:
         ConfigError: where they lack the baseline, or anything else is wrong.
     """
-    config = _flags(_words(DEFAULTS), words).config()
+    defaults = [word for key, value in DEFAULTS.items() for word in flag_words(key, value)]
+    config = _flags(defaults, words).config()
     check_placement(config)
     if REFERENCE not in config.strategy.strategies:
         raise ConfigError(f"--strategies lacks '{REFERENCE}', which all others are compared with; add it")
@@ -167,14 +210,6 @@ def _flags(file_words: Sequence[str], words: Sequence[str]) -> CompareFlags:
     """A file's settings, overridden by a command line's."""
     default = parse(CompareFlags, file_words, command="compare")
     return parse(CompareFlags, words, command="compare", default=default)
-
-
-def _words(settings: Settings) -> list[str]:
-    """Settings as flags; ``${NAME}`` in a value stands for the environment's."""
-    words = [os.path.expandvars(word) for key, value in settings.items() for word in flag_words(key, value)]
-    if missing := [name for word in words for name in re.findall(r"\$\{(\w+)\}", word)]:
-        raise ConfigError(f"the environment has no {missing[0]}, which a setting of the study names; set it")
-    return words
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -304,7 +339,7 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
     where = f"{source.path}{f', cell {name}' if name else ''}"
     file_words: list[str] = []
     try:
-        file_words = [*_words(settings), "--strategies", REFERENCE]
+        file_words = [*source.words(settings), "--strategies", REFERENCE]
         config = _flags(file_words, words).config()
         kinds = [str(own.get("strategy", arm)) for arm, own in _own_arms(source, name).items()]
         config = with_probe_text(config, kinds)
@@ -319,7 +354,7 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
     arms = []
     for arm, given in {**_own_arms(source, name), **_worth_arms(source, name)}.items():
         try:
-            own = _typed(given, file_words, words)
+            own = _typed(source, given, file_words, words)
             made = make_arm(arm, own, config)
             made.source_seed(config.training.seeds[0])  # says whether there is another seed to take
             arms.append(made)
@@ -339,9 +374,9 @@ def _own_arms(source: _Source, cell: str) -> Settings:
     return {arm: {**source.table("arms", arm), **own} for arm, own in in_cell.items()}
 
 
-def _typed(settings: Settings, file_words: Sequence[str], words: Sequence[str]) -> Settings:
+def _typed(source: _Source, settings: Settings, file_words: Sequence[str], words: Sequence[str]) -> Settings:
     """The settings of an arm, checked, as the types that they are of."""
     own = {key: value for key, value in settings.items() if key != "strategy"}
-    flat = _flags([*file_words, *_words(own)], words).config().flat()
+    flat = _flags([*file_words, *source.words(own)], words).config().flat()
     kept = {"strategy": settings["strategy"]} if "strategy" in settings else {}
     return {**{key: flat[key] for key in own}, **kept}

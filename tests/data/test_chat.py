@@ -1,5 +1,8 @@
 """Where the loss is: the answers of every family of chat templates, and nothing else."""
 
+import gc
+
+import psutil
 import pytest
 from support.templates import FAMILIES, with_template
 
@@ -144,3 +147,38 @@ def test_tools_reach_the_template(tokenizer):
     }
     document = Writer(changed).write(read_form(row))
     assert document.text == "[weather]user=How is it?;<Lima>assistant=;tool=sunny;assistant=Sunny.;"
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
+LOOPS += "{% endfor %}{% endfor %}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (LOOPS, "takes more than 3 s for one conversation"),
+        ("{{ 'a' * 10**10 }}", "more than 300 MB of memory"),
+        ("{{ 'a' * 2**25 }}", "33,554,432 characters"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% for %}", "refuses it"),
+    ],
+)
+def test_a_template_that_does_not_end_or_grows_or_reaches_out_is_refused(tokenizer, template, words):
+    changed = with_template(tokenizer, "ChatML")
+    changed.chat_template = template
+    with pytest.raises(DataError, match=words):
+        Writer(changed).write(read_form({"messages": TURNS}))
+
+
+@pytest.mark.slow
+def test_a_template_s_process_is_gone_with_its_writer(tokenizer):
+    before = len(psutil.Process().children())
+    writer = Writer(with_template(tokenizer, "ChatML"))
+    writer.write(read_form({"messages": TURNS}))
+    assert len(psutil.Process().children()) == before + 1
+    del writer
+    gc.collect()
+    assert len(psutil.Process().children()) == before

@@ -163,6 +163,28 @@ def test_blocks_are_the_documents_from_bos_to_eos(tokenizer):
     )
 
 
+def test_blocks_kept_are_believed_only_as_they_were_written(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path))
+    documents = [Document.of(f"Document {n} has words of its own, {n * n} of them.") for n in range(40)]
+
+    def prepared():
+        return prepare_blocks(documents, tokenizer, 16, data_key="of this test")
+
+    first = prepared()
+    ids, trained = first.ids.copy(), first.trained.copy()
+    (file,) = [each for each in (tmp_path / "blocks").glob("*.npy") if "trained" not in each.name]
+    whole = file.read_bytes()
+    fewer = whole.replace(f"({len(first)}, 16)".encode(), f"({len(first) - 1}, 16)".encode())
+    for damaged in (whole[:-8] + bytes(8), fewer[:-32], whole[: len(whole) // 2], b""):
+        assert damaged != whole
+        file.write_bytes(damaged)
+        again = prepared()
+        assert np.array_equal(again.ids, ids)
+        assert np.array_equal(again.trained, trained)
+        assert "was changed or cut short on disk; the blocks are prepared anew" in again.note
+        assert not prepared().note
+
+
 def test_text_shorter_than_a_block(tokenizer):
     with pytest.raises(DataError, match="fewer than one block of 4096"):
         prepare_blocks(DOCUMENTS, tokenizer, 4096, data_key="short")

@@ -13,6 +13,8 @@ import markdown as to_html
 import pytest
 from conftest import ROOT
 from support.browser import BROWSER, QUIET
+from support.records import change_result
+from support.runs import flag_words
 
 import iterbatch
 from iterbatch.checks import make_config
@@ -225,8 +227,7 @@ def test_pickled_weights_are_not_read(tiny_folder, tiny, tmp_path):
 def test_what_a_result_says_leads_nowhere(tiny, tmp_path):
     run_dir = iterbatch.run(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
     file = run_dir / "baseline/seed0/result.json"
-    row = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(row | {"strategy": "../../elsewhere", "seed": "0/../../x"}), encoding="utf-8")
+    change_result(file.parent, strategy="../../elsewhere", seed="0/../../x")
     assert load_trained(run_dir)[2] == "baseline/seed0"
     write(run_dir)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run"]
@@ -240,6 +241,101 @@ def test_a_link_in_place_of_a_run_is_left_alone(tiny, tmp_path):
     with pytest.raises(RunError, match="is not a folder"):
         iterbatch.run(make_config(**tiny, save_dir=tmp_path, run_name="run", overwrite=True))
     assert (precious / "config.yaml").read_text(encoding="utf-8") == "thesis"
+
+
+def _outside(run_dir, outside):
+    """Put the arm's folder elsewhere, as if it had not ended, and a link in its place."""
+    arm = run_dir / "baseline/seed0"
+    shutil.copytree(arm, outside)
+    (outside / "result.json").unlink()
+    shutil.rmtree(arm)
+    arm.symlink_to(outside)
+    return sorted((file.name, file.stat().st_size) for file in outside.rglob("*"))
+
+
+def test_nothing_is_written_or_deleted_through_a_link(tiny, tmp_path, capsys):
+    run_dir = iterbatch.run(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
+    before = _outside(run_dir, tmp_path / "thesis")
+    flags = flag_words(tiny | {"save_dir": tmp_path, "run_name": "run", "strategies": "baseline"})
+    study = ["--save_dir", str(tmp_path), "--run_name", "run"]
+    for words in (
+        ["train", "--resume", str(run_dir)],
+        ["train", *flags, "--overwrite"],
+        ["report", str(run_dir)],
+        ["compare", *flag_words(tiny), *study, "--strategies", "baseline", "--overwrite"],
+    ):
+        assert main(words) == 2, words
+        assert "seed0 is a link, and nothing is written through one" in " ".join(
+            capsys.readouterr().err.split()
+        )
+        assert sorted((file.name, file.stat().st_size) for file in (tmp_path / "thesis").rglob("*")) == before
+    (run_dir / "baseline/seed0").unlink()
+    (run_dir / "lock").unlink(missing_ok=True)
+    (run_dir / "lock").symlink_to(tmp_path / "thesis/batches.jsonl")  # a lock is written when it is taken
+    assert main(["train", "--resume", str(run_dir)]) == 2
+    assert sorted((file.name, file.stat().st_size) for file in (tmp_path / "thesis").rglob("*")) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_among_the_records_keeps_nobody_waiting(tiny, tmp_path, capsys):
+    run_dir = iterbatch.run(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
+    os.mkfifo(run_dir / "baseline/seed0/notes.json")
+    assert main(["report", str(run_dir)]) == 2
+    assert "notes.json is neither a file nor a folder" in " ".join(capsys.readouterr().err.split())
+
+
+# -- bounds ------------------------------------------------------------------------------------------------
+
+ALIASES = "".join(
+    f"{name}: &{name} [{', '.join(['*' + before if before else 'x'] * 9)}]\n"
+    for name, before in zip("abcdefgh", ["", *"abcdefg"], strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALIASES + "tune: {low: *h}\n", "more than 100,000 values, with its aliases written out"),
+        ("a: &a [*a]\n", "more than 100,000 values"),
+        ("about: " + "x" * (10 << 20), "more than 1,048,576 characters"),
+        ("about: " + "[" * 100_000, "is not valid YAML"),
+    ],
+    ids=["aliases", "within itself", "10 MB", "deep"],
+)
+def test_yaml_that_grows_is_refused(tmp_path, capsys, text, message):
+    file = tmp_path / "study.yaml"
+    file.write_text(text, encoding="utf-8")
+    for words in (["compare", str(file)], ["train", "--config", str(file)]):
+        assert main(words) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_devices_are_no_input(tmp_path, capsys, tiny_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "config.json").unlink()
+    for name in ("model/config.json", "study.yaml", "text.jsonl"):
+        os.mkfifo(tmp_path / name)
+    for words in (
+        ["compare", str(tmp_path / "study.yaml")],
+        ["train", "--config", str(tmp_path / "study.yaml")],
+        ["train", "--config", os.devnull],
+        ["train", "--data_dir", str(tmp_path / "text.jsonl")],
+        ["train", "--model_name", str(folder)],
+    ):
+        assert main(words) == 2, words
+        assert "error:" in capsys.readouterr().err
+
+
+def test_a_header_of_weights_is_not_read_whatever_its_length(tmp_path, capsys, tiny_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    with (folder / "model.safetensors").open("wb") as weights:
+        weights.write((99_000_000).to_bytes(8, "little"))
+        weights.truncate(99_000_100)
+    assert main(["train", "--model_name", str(folder)]) == 2
+    assert "has a header of 99,000,000 bytes" in " ".join(capsys.readouterr().err.split())
 
 
 # -- text -------------------------------------------------------------------------------------------- -----

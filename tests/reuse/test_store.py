@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -70,6 +71,67 @@ def test_serves_what_was_written_also_to_a_later_run(opened, notes, dtype):
     assert _read(second, 1) is None
     assert second.stored_bytes == (3 + 4) * WIDTH * store_module.DTYPES[dtype].itemsize
     assert not notes
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no small file systems to mount")
+def test_a_full_file_system_ends_no_process(tmp_path):
+    """To read a hole of a file through a map raises SIGBUS where there is no room for it."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    code = """
+import sys
+from pathlib import Path
+import torch
+from iterbatch.reuse.store import ActivationStore, Layout
+folder, lengths = Path(sys.argv[1]), [8] * 3000
+try:
+    store = ActivationStore(folder, {}, Layout(lengths, 8, "float32"), print)
+except OSError as problem:
+    raise SystemExit(f"not opened: {problem}")
+(folder / "filler").write_bytes(b"x" * 4096) if len(sys.argv) > 2 else None
+for number in range(3000):
+    store.write(number, torch.ones(8, 8), 1.0)
+rows = [store.read_into(number, torch.empty(8, 8)) for number in range(3000)]
+print(sum(row is not None for row in rows), "read")
+"""
+    try:
+        for filler in (0, 100_000, 126_000):
+            for file in small.iterdir():
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            (small / "filler").write_bytes(bytes(filler))
+            ran = subprocess.run(
+                [sys.executable, "-c", code, str(small / "store")],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert ran.returncode in (0, 1), (filler, ran.returncode, ran.stderr[-500:])
+            said = ran.stdout + ran.stderr
+            assert "training continues without storing" in said or "not opened" in said, said
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_nothing_of_a_store_is_a_link(opened, notes, tmp_path, monkeypatch):
+    thesis = tmp_path / "thesis"
+    thesis.write_bytes(b"all of it")
+    folder = tmp_path / "cache/activations/linked"
+    folder.mkdir(parents=True)
+    (folder / "index.bin").symlink_to(thesis)
+    monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(OSError, match=r"No such file|cannot"):
+        opened(folder)
+    (folder.parent / "whole").symlink_to(tmp_path)
+    assert [each.key for each in list_stores()] == ["linked"]
+    deleted, left = clear_stores()
+    assert not deleted
+    assert [each.key for each in left] == ["linked"]
+    assert thesis.read_bytes() == b"all of it"
 
 
 def test_a_full_store_keeps_serving_and_which_items_fit_depends_on_the_limit_alone(opened, tmp_path):

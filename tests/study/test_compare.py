@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from support.browser import BROWSER, QUIET
+from support.records import change_result, only_seeds
 from support.studies import ARMS, study_file
 
 import iterbatch
@@ -213,6 +214,7 @@ def test_text_of_the_data_is_inert(run_dir):
 def test_a_line_that_cannot_be_read_is_skipped_and_counted(run_dir, tmp_path, kind):
     copy = tmp_path / "study"
     shutil.copytree(run_dir, copy)
+    change_result(copy / "abr/seed0")  # an earlier version kept no digests
     file = copy / "abr/seed0/evals.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines()
     lines[1] = {"cut": lines[1][:20], "damaged": "\0\0", "other version": '{"format": 99, "loss": 3}'}[kind]
@@ -226,6 +228,7 @@ def test_with_one_seed_there_are_no_intervals_and_the_page_says_so(run_dir, tmp_
     shutil.copytree(run_dir, copy)
     for seed in copy.glob("*/seed1"):
         shutil.rmtree(seed)
+    only_seeds(copy, 0)
     assert main(["report", str(copy)]) == 0
     shown = (copy / "report.md").read_text(encoding="utf-8")
     assert "fewer than two seeds, so there are no intervals" in shown
@@ -239,8 +242,7 @@ def _changed(run_dir, copy, arm, seed, **values):
     """A copy of a comparison in which a result says something else."""
     if not copy.exists():
         shutil.copytree(run_dir, copy)
-    file = copy / arm / f"seed{seed}" / "result.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+    change_result(copy / arm / f"seed{seed}", **values)
     return copy
 
 
@@ -400,6 +402,7 @@ def test_baseline_against_itself_with_other_seeds_is_no_difference(tiny, tmp_pat
     run_dir = iterbatch.run(make_config(**flags | {"save_dir": tmp_path, "run_name": "run"}))
     for seed in (3, 4, 5):
         shutil.move(run_dir / f"baseline/seed{seed}", run_dir / f"same/seed{seed - 3}")
+    only_seeds(run_dir, 0, 1, 2)
     (cell,) = page.write(run_dir)
     (same,) = cell.against_baseline
     assert same.seeds == [0, 1, 2]

@@ -25,6 +25,7 @@ tune: {trials: 2, low: 1e-4, high: 1e-2, arms: [baseline, abr]}
 cells:
   small: {batch_size: 2}
   large: {batch_size: 8, arms: {abr: {lr: 2e-3}}}
+environment: [PLACE, PLCAE]
 """
 
 
@@ -71,6 +72,49 @@ def test_flags_override_the_file(write):
         cell.config.training.seeds == (7, 8) and cell.config.training.match == "updates"
         for cell in study.cells
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "message"),
+    [
+        (
+            "data_dir: ${HF_TOKEN}/x",
+            "",
+            "data_dir names ${HF_TOKEN}; a study may use variables whose names begin",
+        ),
+        (
+            "dataset: ${HF_TOKEN}",
+            "",
+            "dataset names ${HF_TOKEN}; variables stand in data_dir and model_name only",
+        ),
+        ("run_name: ${ITERBATCH_X}", "", "unknown setting 'run_name'"),
+        ("lora_layers: ${ITERBATCH_X}", "", "lora_layers names ${ITERBATCH_X}; variables stand in"),
+        ("data_dir: ${HF_TOKEN}/x", "environment: [HF_TOKEN]", "HF_TOKEN, which looks like a secret"),
+        ("data_dir: ${CORPORA}/x", "environment: [1]", "write a list of variables' names"),
+        ("data_dir: ${CORPORA_2}/x", "environment: [CORPORA_2]", "the environment has no CORPORA_2"),
+    ],
+)
+def test_variables_stand_for_places_and_for_nothing_else(
+    tmp_path, monkeypatch, settings, environment, message
+):
+    for name in ("HF_TOKEN", "ITERBATCH_X", "CORPORA"):
+        monkeypatch.setenv(name, "hf_secret")
+    file = tmp_path / "study.yaml"
+    file.write_text(f"{environment}\nsettings:\n  {settings}\narms: {{baseline: }}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_study(file)
+    assert message in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_declared_variables_are_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("CORPORA", str(tmp_path))
+    monkeypatch.setenv("ITERBATCH_DATA", str(tmp_path))
+    for name in ("CORPORA", "ITERBATCH_DATA"):
+        file = tmp_path / "study.yaml"
+        text = f"environment: [CORPORA]\nsettings: {{data_dir: '${{{name}}}/x'}}\narms: {{baseline: }}\n"
+        file.write_text(text, encoding="utf-8")
+        assert load_study(file).cells[0].config.data.data_dir == tmp_path / "x"
 
 
 def test_a_study_survives_its_folder(write, tmp_path):

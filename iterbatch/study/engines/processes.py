@@ -1,10 +1,10 @@
 """Pairs over worker processes: starts workers, watches them, and records the pair of one that crashed.
 
-A worker claims a pair by a file lock, which ends with its process. What is finished is in the
-folder, so a study that was stopped is resumed by training what is missing.
+A worker claims a pair by a file lock, which ends with its process, and ends with the process that started
+it. What is finished is in the folder, so a study that was stopped is resumed by training what is missing.
 """
 
-import json
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+from filelock import Timeout
+
 from iterbatch.errors import RunError
 from iterbatch.records import layout
 from iterbatch.runtime.interrupt import Interrupts, Stopped
@@ -20,6 +23,8 @@ from iterbatch.study.engines import worker
 from iterbatch.study.pairs import Notify, Pair
 
 WAIT = 0.5  # seconds between two looks at the folder
+REPLACED = 5  # workers in a row that somebody else may stop without a pair being done
+ASKED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)  # exit codes
 
 
 class Processes:
@@ -39,14 +44,49 @@ class Processes:
         """Train those that have not ended; those that failed before are tried again.
 
         Raises:
-            RunError: where the workers cannot even begin.
-            Stopped: where it was asked to stop; pairs in training have made a checkpoint.
+            RunError: where the workers cannot even begin, or are stopped again and again.
+            Stopped: where it was asked to stop.
         """
+        end_orphans(pairs, self.notify)
         for pair in pairs:
             (pair.folder / layout.FAILED).unlink(missing_ok=True)
-            worker.claim_file(pair).unlink(missing_ok=True)
+            if not is_held(pair):
+                worker.claim_file(pair).unlink(missing_ok=True)
         with Interrupts() as interrupts:
             Watch(pairs, self.workers, interrupts, self.notify).run()
+
+
+def end_orphans(pairs: Sequence[Pair], notify: Notify) -> None:
+    """End workers whose parent is gone and that have not noticed yet: the study is this process's."""
+    for pair in pairs:
+        claim = worker.read_claim(pair)
+        process = None if claim is None else claim.process
+        if process is not None:
+            notify(f"{pair.name}: a worker of an earlier start, process {process.pid}, is ended first")
+            end([process])
+
+
+def end(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Ask processes to stop, and end those that do not within the time of grace; returns those."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+            process.resume()  # one that was halted hears it only when it goes on
+    _, deaf = psutil.wait_procs(processes, timeout=worker.GRACE)
+    for process in deaf:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(deaf)
+    return deaf
+
+
+def is_held(pair: Pair) -> bool:
+    """Whether a process holds a pair."""
+    try:
+        with worker.lock_of(pair):
+            return False
+    except Timeout:
+        return True
 
 
 class Watch:
@@ -56,6 +96,8 @@ class Watch:
         self.pairs, self.run_dir, self.interrupts, self.notify = pairs, pairs[0].run_dir, interrupts, notify
         self.workers = min(workers, len(pairs))
         self.running: dict[int, subprocess.Popen[bytes]] = {}  # by number
+        self._replaced = 0  # workers since the last pair that was done
+        self._waited: set[str] = set()  # pairs of others that were waited for
         self._known = {pair.name for pair in pairs if pair.ended}
 
     def run(self) -> None:
@@ -66,7 +108,7 @@ class Watch:
         for number in range(min(self.workers, len(left))):
             self.start(number)
         try:
-            while self.running:
+            while self.running or self._wait_for_others():
                 if self.interrupts.requested is not None:
                     self.stop()
                 time.sleep(WAIT)
@@ -80,15 +122,32 @@ class Watch:
         finally:
             for process in self.running.values():
                 process.kill()
+                process.wait()
+
+    def _wait_for_others(self) -> bool:
+        """Whether pairs are open that another machine trains, say; once one is free, it is trained here."""
+        left = [pair for pair in self.pairs if not pair.ended]
+        if not left or self.interrupts.requested is not None:
+            return False
+        if free := [pair for pair in left if not is_held(pair)]:
+            for pair in free:
+                worker.claim_file(pair).unlink(missing_ok=True)  # of one that ended elsewhere
+            self.start(0)
+        elif left[0].name not in self._waited:
+            claim = worker.read_claim(left[0])
+            who = "another process" if claim is None else f"process {claim.pid} on {claim.host!r}"
+            self.notify(f"waiting for {left[0].name}, which {who} is training")
+            self._waited.add(left[0].name)
+        return True
 
     def start(self, number: int) -> None:
-        """Start a worker."""
-        threads = str(max(1, cores() // self.workers))
+        """Start a worker. Its input is a pipe from this process, by which it knows when this one is gone."""
+        threads = str(max(1, threads_to_share() // self.workers))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUTF8": "1"}
         command = [sys.executable, "-m", worker.__name__, str(self.run_dir)]
         with self._log(number).open("ab") as log:
             self.running[number] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
             )
 
     def _log(self, number: int) -> Path:
@@ -99,14 +158,24 @@ class Watch:
         if process.returncode == 0 or self.interrupts.requested is not None:
             return
         claimed = [pair for pair in self.pairs if not pair.ended and _claimed_by(pair, process.pid)]
+        asked = process.returncode in ASKED or (process.returncode < 0 and not claimed)
         for pair in claimed:
             worker.claim_file(pair).unlink(missing_ok=True)
-            pair.fail(f"its process ended with exit code {process.returncode}")
+            if not asked:
+                _fail(pair, f"its process ended with exit code {process.returncode}")
         self._notify_of_ended()
-        last = self._log(number).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-        if not claimed:
+        if asked:
+            self._replaced += 1
+            self.notify(f"worker {number} was stopped from outside; another takes its place")
+        if not (claimed or asked) or self._replaced > REPLACED:
             self._terminate()
-            raise RunError("a worker could not begin:\n" + "\n".join(last))
+            log = self._log(number).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            last = "\n".join(log[-12:]) or f"exit code {process.returncode}"
+            raise RunError(
+                f"workers are stopped from outside, {self._replaced} in a row; the last one said:\n{last}"
+                if asked
+                else f"a worker could not begin:\n{last}"
+            )
         if any(not pair.ended for pair in self.pairs):
             self.start(number)
 
@@ -114,6 +183,7 @@ class Watch:
         for pair in self.pairs:
             if pair.name not in self._known and pair.ended:
                 self._known.add(pair.name)
+                self._replaced = 0
                 self.notify(f"[{len(self._known)}/{len(self.pairs)}] {pair.name}: {pair.outcome}")
 
     def stop(self) -> None:
@@ -126,18 +196,35 @@ class Watch:
         raise Stopped(self.interrupts.requested or signal.SIGTERM)
 
     def _terminate(self) -> None:
-        for process in self.running.values():
-            process.terminate()
+        numbers = {process.pid: number for number, process in self.running.items()}
+        for process in end([psutil.Process(pid) for pid in numbers if psutil.pid_exists(pid)]):
+            self.notify(
+                f"worker {numbers[process.pid]} did not stop within {worker.GRACE:.0f} s and was ended"
+            )
         for process in self.running.values():
             process.wait()
         self.running.clear()
 
 
 def _claimed_by(pair: Pair, pid: int) -> bool:
+    claim = worker.read_claim(pair)
+    return claim is not None and claim.pid == pid
+
+
+def _fail(pair: Pair, reason: str) -> None:
     try:
-        return json.loads(worker.claim_file(pair).read_text(encoding="utf-8"))["pid"] == pid
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        pair.fail(reason)
+    except OSError as problem:
+        raise RunError(
+            f"{pair.name} failed ({reason}), and its folder cannot be written: {problem.strerror}, "
+            f"{problem.filename}. What has ended is kept; the same command goes on"
+        ) from problem
+
+
+def threads_to_share() -> int:
+    """Threads for all workers together: ``OMP_NUM_THREADS`` where the user set it, else the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else cores()
 
 
 def cores() -> int:

@@ -1,13 +1,19 @@
 """A worker process: ``python -m iterbatch.study.engines.worker RUN_DIR`` trains pairs until none is left."""
 
 import contextlib
+import json
 import os
+import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from iterbatch.bench.listener import Listener
@@ -22,6 +28,66 @@ from iterbatch.study.pairs import Pair, pairs_of
 from iterbatch.study.study_folder import from_folder
 
 WAIT = 0.5  # seconds between two looks at the folder
+GRACE = 30.0  # seconds between being asked to stop and being ended
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The process that is training a pair; its number alone may come to mean another process."""
+
+    pid: int
+    began: float  # seconds since the epoch
+    host: str
+
+    @classmethod
+    def own(cls) -> "Claim":
+        """Of the process that asks."""
+        return cls(os.getpid(), psutil.Process().create_time(), socket.gethostname())
+
+    @property
+    def process(self) -> psutil.Process | None:
+        """The process, if it is still there and on this machine."""
+        try:
+            found = psutil.Process(self.pid)
+            same = self.host == socket.gethostname() and found.create_time() == self.began
+            return found if same and found.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.Error:
+            return None
+
+
+def claim_file(pair: Pair) -> Path:
+    """Says which process is training a pair."""
+    return pair.run_dir / layout.WORKERS / f"{pair.name.replace('/', '~')}.json"
+
+
+def lock_of(pair: Pair) -> FileLock:
+    """Held while a pair is trained; the system's, so it ends with its process."""
+    return FileLock(claim_file(pair).with_suffix(".lock"), blocking=False)
+
+
+def read_claim(pair: Pair) -> Claim | None:
+    """Who is training a pair, or was; None where nobody is, or it cannot be read."""
+    try:
+        content = json.loads(claim_file(pair).read_text(encoding="utf-8"))
+        return Claim(int(content["pid"]), float(content["began"]), str(content["host"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def end_with_parent() -> None:
+    """Stop when the process that started this one is gone, however it went: then nobody records what is done.
+
+    It holds the other end of this process's input, which says nothing and ends with it.
+    """
+
+    def watch() -> None:
+        while os.read(0, 1):  # not by sys.stdin, whose lock a reading thread would hold at the end
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def work(run_dir: Path) -> None:
@@ -47,8 +113,7 @@ def _fail(pair: Pair, problem: Exception) -> None:
 
 def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
     """Pairs one at a time, each held against other workers until the next is asked for."""
-    parent = os.getppid()
-    while os.getppid() == parent:  # without one nobody records a crash
+    while True:
         waiting = False
         for pair in pairs:
             if pair.ended:
@@ -59,7 +124,7 @@ def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
                 continue
             with contextlib.ExitStack() as held:
                 try:
-                    held.enter_context(FileLock(claim_file(pair).with_suffix(".lock"), blocking=False))
+                    held.enter_context(lock_of(pair))
                 except Timeout:
                     continue
                 if pair.ended:
@@ -70,7 +135,7 @@ def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
                 if source is not None and source.broken:
                     pair.fail(f"it is made from {source.name}, which failed")
                     continue
-                write_json(claim_file(pair), {"pid": os.getpid()})
+                write_json(claim_file(pair), asdict(Claim.own()))
                 held.callback(claim_file(pair).unlink, missing_ok=True)
                 yield pair
                 break  # from the first pair again: what it waited for may be there now
@@ -80,13 +145,9 @@ def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
             time.sleep(WAIT)
 
 
-def claim_file(pair: Pair) -> Path:
-    """Says which process is training a pair."""
-    return pair.run_dir / layout.WORKERS / f"{pair.name.replace('/', '~')}.json"
-
-
 if __name__ == "__main__":
     quiet_libraries()
+    end_with_parent()
     try:
         work(Path(sys.argv[1]))
     except Stopped as stopped:
