@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import psutil
 import pytest
@@ -41,7 +42,7 @@ def _until(condition, seconds=120):
 def _claimed(run_dir):
     """Process numbers of the workers that are training a pair."""
     found = []
-    for file in (run_dir / layout.WORKERS).glob("*.json"):
+    for file in (run_dir / layout.WORKERS).glob("*~*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             found.append(json.loads(file.read_text(encoding="utf-8"))["pid"])
     return found
@@ -50,6 +51,23 @@ def _claimed(run_dir):
 @pytest.fixture
 def file(tmp_path, tiny_folder):
     return study_file(tmp_path, tiny_folder, {"baseline": None, "fixed2": {"strategy": "fixed"}}, seeds=[0])
+
+
+def test_an_orphan_that_has_claimed_nothing_yet_is_ended(file, tmp_path):
+    study, run_dir, said = load_study(file), tmp_path / "run", []
+    run_dir.mkdir()
+    begin(study, run_dir)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as orphan:
+        psutil.Process(orphan.pid).suspend()
+        known = json.dumps(asdict(worker.Claim.of(orphan.pid)))
+        (run_dir / layout.WORKERS / "worker3.json").write_text(known, encoding="utf-8")
+        processes.end_orphans(pairs_of(study, run_dir), said.append)
+        assert orphan.poll() is not None or not psutil.pid_exists(orphan.pid)
+    assert said == [f"a worker of an earlier start, process {orphan.pid}, is ended first"]
+    other = json.dumps(asdict(worker.Claim.of(os.getpid())) | {"began": 1.0})  # the number of another process
+    (run_dir / layout.WORKERS / "worker3.json").write_text(other, encoding="utf-8")
+    processes.end_orphans(pairs_of(study, run_dir), said.append)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("halted", [False, True], ids=["going on", "halted"])

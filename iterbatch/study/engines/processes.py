@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from filelock import Timeout
 
 from iterbatch.errors import RunError
 from iterbatch.records import layout
+from iterbatch.records.write import write_json
 from iterbatch.runtime.interrupt import Interrupts, Stopped
 from iterbatch.strategy.own import SOURCES
 from iterbatch.study.engines import worker
@@ -59,11 +61,11 @@ class Processes:
 
 def end_orphans(pairs: Sequence[Pair], notify: Notify) -> None:
     """End workers whose parent is gone and that have not noticed yet: the study is this process's."""
-    for pair in pairs:
-        claim = worker.read_claim(pair)
+    folder = pairs[0].run_dir / layout.WORKERS  # of claims, and of those that have claimed nothing yet
+    for claim in map(worker.read_claim, sorted(folder.glob("*.json"))):
         process = None if claim is None else claim.process
         if process is not None:
-            notify(f"{pair.name}: a worker of an earlier start, process {process.pid}, is ended first")
+            notify(f"a worker of an earlier start, process {process.pid}, is ended first")
             end([process])
 
 
@@ -135,7 +137,7 @@ class Watch:
                 worker.claim_file(pair).unlink(missing_ok=True)  # of one that ended elsewhere
             self.start(0)
         elif left[0].name not in self._waited:
-            claim = worker.read_claim(left[0])
+            claim = worker.read_claim(worker.claim_file(left[0]))
             who = "another process" if claim is None else f"process {claim.pid} on {claim.host!r}"
             self.notify(f"waiting for {left[0].name}, which {who} is training")
             self._waited.add(left[0].name)
@@ -150,9 +152,13 @@ class Watch:
         ]
         command = [sys.executable, "-m", worker.__name__, str(self.run_dir), *own]
         with self._log(number).open("ab") as log:
-            self.running[number] = subprocess.Popen(
+            process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
             )
+        self.running[number] = process
+        with contextlib.suppress(psutil.NoSuchProcess):
+            known = worker.Claim.of(process.pid)
+            write_json(self.run_dir / layout.WORKERS / f"worker{number}.json", asdict(known))
 
     def _log(self, number: int) -> Path:
         return self.run_dir / layout.WORKERS / f"worker{number}.log"
@@ -211,7 +217,7 @@ class Watch:
 
 
 def _claimed_by(pair: Pair, pid: int) -> bool:
-    claim = worker.read_claim(pair)
+    claim = worker.read_claim(worker.claim_file(pair))
     return claim is not None and claim.pid == pid
 
 

@@ -41,9 +41,13 @@ class Claim:
     host: str
 
     @classmethod
-    def own(cls) -> "Claim":
-        """Of the process that asks."""
-        return cls(os.getpid(), psutil.Process().create_time(), socket.gethostname())
+    def of(cls, pid: int) -> "Claim":
+        """Of a process of this machine.
+
+        Raises:
+            psutil.NoSuchProcess: where there is none.
+        """
+        return cls(pid, psutil.Process(pid).create_time(), socket.gethostname())
 
     @property
     def process(self) -> psutil.Process | None:
@@ -66,10 +70,10 @@ def lock_of(pair: Pair) -> FileLock:
     return FileLock(claim_file(pair).with_suffix(".lock"), blocking=False)
 
 
-def read_claim(pair: Pair) -> Claim | None:
+def read_claim(file: Path) -> Claim | None:
     """Who is training a pair, or was; None where nobody is, or it cannot be read."""
     try:
-        content = json.loads(claim_file(pair).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         return Claim(int(content["pid"]), float(content["began"]), str(content["host"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -136,7 +140,7 @@ def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
                 if source is not None and source.broken:
                     pair.fail(f"it is made from {source.name}, which failed")
                     continue
-                write_json(claim_file(pair), asdict(Claim.own()))
+                write_json(claim_file(pair), asdict(Claim.of(os.getpid())))
                 held.callback(claim_file(pair).unlink, missing_ok=True)
                 yield pair
                 break  # from the first pair again: what it waited for may be there now
