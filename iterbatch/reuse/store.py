@@ -8,7 +8,6 @@ between the two writes leaves an item that is missing, not one that is wrong.
 What does not live here: when activations are computed or read (:mod:`iterbatch.reuse.prefix`).
 """
 
-import json
 import os
 import shutil
 import zlib
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from iterbatch.data.cache import cache_folder
 from iterbatch.errors import RunError
-from iterbatch.records.write import refuse_links, write_json
+from iterbatch.records.write import read_json, refuse_links, write_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ENTRY = np.dtype([("checksum", "<u8"), ("seconds", "<f8")])  # checksum 0: nothing stored
@@ -133,7 +132,7 @@ class ActivationStore:
         They only ever grow.
         """
         file = self.folder / "header.json"
-        if file.exists() and _read_json(file) != header:
+        if file.exists() and read_json(file) != header:
             self._say(
                 "foreign",
                 f"the activation store {self.folder} belongs to another key or its header is damaged; it is "
@@ -258,13 +257,6 @@ def _checksum(item: int, data: np.ndarray, seconds: np.float64) -> int:
     return PRESENT | zlib.crc32(data.data, start)
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 # ------------------------------------------------------------------------------------------------------------
 # All stores: ``iterbatch cache``
 
@@ -293,7 +285,7 @@ def list_stores() -> list[StoreInfo]:
 
 
 def _info(folder: Path) -> StoreInfo:
-    header = _read_json(folder / "header.json")
+    header = read_json(folder / "header.json")
     index = folder / "index.bin"
     entries = np.fromfile(index, dtype=ENTRY) if index.exists() else np.empty(0, dtype=ENTRY)
     size = sum(_disk_bytes(file) for file in folder.iterdir())
