@@ -49,6 +49,7 @@ TIMED = {
     "peak_memory_mb",
     "seconds_saved",
     "seconds_charged",
+    "store_gb",  # what others have stored by then counts
     "records",  # digests of what holds times, and of that
     "digest",
 }

@@ -59,11 +59,10 @@ def tiny_folder(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.fixture
-def tiny(tiny_folder):
-    """Flags of a quick run on the tiny model, in float32, without trackers."""
+def tiny_flags(folder):
+    """Flags of a quick run on a tiny model, in float32, without trackers."""
     return {
-        "model_name": str(tiny_folder),
+        "model_name": str(folder),
         "dtype": "float32",
         "max_length": 32,
         "max_train_tokens": 512,
@@ -72,3 +71,9 @@ def tiny(tiny_folder):
         "lr": 0.01,
         "log_with": ["none"],
     }
+
+
+@pytest.fixture
+def tiny(tiny_folder):
+    """Flags of a quick run on the tiny model, in float32, without trackers."""
+    return tiny_flags(tiny_folder)

@@ -17,7 +17,8 @@ from iterbatch.data.cache import cache_folder
 from iterbatch.data.documents import Document
 from iterbatch.data.tokens import Tokens, begin_of_text, tokenize, tokenizer_digest
 from iterbatch.errors import DataError
-from iterbatch.records.write import write_json
+from iterbatch.records.seal import file_digest
+from iterbatch.records.write import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def prepare_blocks(
     files = [folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}{end}.npy" for end in ("", "-trained")]
     seal = files[0].with_suffix(".json")
     there = data_key and seal.exists()
-    whole = there and _digests(files) == _read_json(seal)
+    whole = there and _digests(files) == read_json(seal)
     if not whole:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             total = _write_tokens(_packed(documents, tokenizer), max_tokens, Path(scratch), dtype)
@@ -91,21 +92,10 @@ def prepare_blocks(
 
 def _digests(files: Iterable[Path]) -> dict[str, str]:
     """SHA-256 by name; empty where one cannot be read."""
-    found = {}
     try:
-        for file in files:
-            with file.open("rb") as content:
-                found[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+        return {file.name: file_digest(file) for file in files}
     except OSError:
         return {}
-    return found
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _too_short(total: int, max_length: int, max_tokens: int | None) -> str:

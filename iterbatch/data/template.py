@@ -17,6 +17,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+import psutil
+
 from iterbatch.data.documents import Span
 from iterbatch.errors import DataError, first_line
 
@@ -96,8 +98,6 @@ class Template:
 
     def _spent(self) -> float:
         """Seconds of its process's own time."""
-        import psutil
-
         try:
             times = psutil.Process(self._process.pid).cpu_times()
         except psutil.Error:
@@ -129,8 +129,6 @@ def _limit_memory() -> None:
         import resource
     except ImportError:  # Windows has no such limit
         return
-    import psutil
-
     limit = psutil.Process().memory_info().vms + MEGABYTES * 1_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

@@ -20,7 +20,7 @@ def sealed(content: Mapping[str, Any], folder: Path | None = None) -> dict[str, 
     kept = dict(content)
     if folder is not None:
         files = [folder / name for name in SEALED]
-        kept[RECORDS] = {file.name: _file_digest(file) for file in files if file.exists()}
+        kept[RECORDS] = {file.name: file_digest(file) for file in files if file.exists()}
     return {**kept, DIGEST: _digest(kept)}
 
 
@@ -43,7 +43,7 @@ def check_records(content: Mapping[str, Any], folder: Path) -> None:
     known = content.get(RECORDS)
     for name, digest in known.items() if isinstance(known, dict) else ():
         file = folder / name
-        if name in SEALED and (not file.is_file() or _file_digest(file) != digest):
+        if name in SEALED and (not file.is_file() or file_digest(file) != digest):
             how = "was changed after" if file.is_file() else "is gone since"
             raise RunError(f"{file} {how} its arm ended; put it back, or {ADVICE}")
 
@@ -53,6 +53,7 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(finite(rest), sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

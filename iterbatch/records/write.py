@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and read back where they can be."""
 
 import contextlib
 import json
@@ -93,6 +93,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all; a number that is not finite becomes null."""
     write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """What a file of JSON holds; None where it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def finite(value: Any) -> Any:

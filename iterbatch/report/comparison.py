@@ -8,9 +8,10 @@ What lives here: from a folder to numbers. What does not: the statistics themsel
 
 import copy
 import dataclasses
+import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,9 +99,7 @@ class CellScores:
         seeds: Sequence[int] = (),
     ) -> None:
         self.run_dir, self.name = run_dir, name
-        wanted = [(arm, seed) for seed in seeds for arm in kinds or {}]
-        # Arms and seeds that are still to be trained: no verdict before.
-        self.open = [each for each in wanted if not layout.ended(layout.arm_folder(run_dir, *each))]
+        self.open = _open(run_dir, kinds or {}, seeds)  # still to be trained: no verdict before
         self.arms = read_arms(run_dir, kinds or {})
         self.config = settings_of(run_dir)
         study = run_dir.parent if name else run_dir
@@ -413,12 +412,29 @@ def cells_of(run_dir: Path) -> list[CellScores]:
                 run_dir / name,
                 name,
                 {arm: _own(own).get("strategy", arm) for arm, own in cell["arms"].items()},
-                [seed for seed in cell["config"].get("seeds") or () if isinstance(seed, int)],
+                _seeds(cell),
             )
             for name, cell in cells.items()
         ]
     names = settings_of(run_dir).get("strategies")  # of a run of an earlier version
     return [CellScores(run_dir, kinds={name: name for name in names} if isinstance(names, list) else None)]
+
+
+def open_pairs(run_dir: Path) -> list[tuple[str, int]]:
+    """Arms and seeds of a study that are still to be trained, in all of its cells."""
+    if not (run_dir / layout.STUDY).exists():
+        return []
+    cells = read_study(run_dir)["cells"].items()
+    return [pair for name, cell in cells for pair in _open(run_dir / name, cell["arms"], _seeds(cell))]
+
+
+def _open(folder: Path, arms: Iterable[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    pairs = itertools.product(arms, seeds)
+    return [pair for pair in pairs if not layout.ended(layout.arm_folder(folder, *pair))]
+
+
+def _seeds(cell: Mapping[str, Any]) -> list[int]:
+    return [seed for seed in cell["config"].get("seeds") or () if isinstance(seed, int)]
 
 
 def _own(settings: Any) -> Mapping[str, Any]:

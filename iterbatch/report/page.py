@@ -22,7 +22,7 @@ from iterbatch.records.result import DECODINGS, ArmResult
 from iterbatch.records.write import refuse_links, write_text
 from iterbatch.report import figures, mauve, summary
 from iterbatch.report.answers import answers, unfinished, verdict_words
-from iterbatch.report.comparison import CellScores, Comparison, cells_of, read_cells
+from iterbatch.report.comparison import CellScores, Comparison, open_pairs, read_cells
 from iterbatch.report.scores import ArmScores, SeedScores
 from iterbatch.report.stats import Interval
 from iterbatch.report.wording import (
@@ -86,10 +86,10 @@ def write(run_dir: Path, mauve_model: Path | None = None) -> list[CellScores]:
     """
     refuse_links(run_dir, leaving=[layout.TRACKING])
     cells = read_cells(run_dir)
-    left = [pair for cell in cells_of(run_dir) for pair in cell.open]
+    left = open_pairs(run_dir)
     if mauve_model is not None:
         cells = mauve.scored(cells, mauve_model)
-    summary.write(run_dir)
+    summary.write_cells(cells)
     sections = [_section(cell, run_dir) for cell in cells]
     content = {
         "title": run_dir.resolve().name,

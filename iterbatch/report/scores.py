@@ -203,7 +203,7 @@ def _check_alike(
     }
     by_document = {split: nats.sum() / tokens.sum() for split, (nats, tokens) in documents.items()}
     tests = [record for record in evals if record.split == "test"]
-    by_evaluation = {"test": tests[-1].nats / tests[-1].tokens} if tests and tests[-1].tokens else {}
+    by_evaluation = {"test": tests[-1].nats / tests[-1].tokens} if tests else {}
     for file, losses in ((layout.DOCUMENTS, by_document), (layout.EVALS, by_evaluation)):
         for split, loss in losses.items():
             if not math.isclose(loss, told[split], rel_tol=1e-6, abs_tol=1e-9):

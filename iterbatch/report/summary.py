@@ -5,7 +5,7 @@ A view of the comparison that is made after every arm, so that it can be read wh
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
@@ -43,9 +43,13 @@ def write(run_dir: Path) -> None:
     Raises:
         RunError: where a result is damaged.
     """
-    for cell in cells_of(run_dir):
-        if cell.reportable:
-            _write_cell(cell)
+    write_cells([cell for cell in cells_of(run_dir) if cell.reportable])
+
+
+def write_cells(cells: Iterable[CellScores]) -> None:
+    """Write the summary of each cell, which has results."""
+    for cell in cells:
+        _write_cell(cell)
 
 
 def _write_cell(cell: CellScores) -> None:

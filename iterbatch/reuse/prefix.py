@@ -32,17 +32,22 @@ class Receipt:
 class PrefixSource:
     """Where the prefix activations of one text come from: the store, or else the frozen layers.
 
-    With a store all activations take its dtype on their way, computed or read: an arm's results do
-    not depend on what others have stored.
-
     Args:
         model: Cut, and on its device.
         device: Of the model.
         store: Of this text, or None.
+        kept_as: All activations take this dtype on their way, computed or read, whether there is a store or
+            not: an arm's results do not depend on what others have stored. None: as they are computed.
     """
 
-    def __init__(self, model: CutModel, device: torch.device, store: ActivationStore | None = None) -> None:
-        self.model, self.device, self.store = model, device, store
+    def __init__(
+        self,
+        model: CutModel,
+        device: torch.device,
+        store: ActivationStore | None = None,
+        kept_as: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.device, self.store, self.kept_as = model, device, store, kept_as
         self._computed: list[_Computed] = []  # since the last settle()
 
     def fetch(self, micro: MicroBatch) -> tuple[Tensor, Receipt]:
@@ -114,8 +119,8 @@ class PrefixSource:
     def _compute(self, micro: MicroBatch, blocks: Sequence[int] | None) -> Tensor:
         with _clock(self.device) as seconds:
             hidden = self.model.prefix(micro)
-        if self.store is not None:
-            hidden = hidden.to(DTYPES[self.store.layout.dtype])
+        if self.kept_as is not None:
+            hidden = hidden.to(self.kept_as)
         self._computed.append(_Computed(hidden, blocks, seconds))
         return hidden
 

@@ -17,7 +17,7 @@ from iterbatch.data.corpus import SPLITS
 from iterbatch.errors import ConfigError
 from iterbatch.model.cut import CutModel
 from iterbatch.reuse.prefix import PrefixSource
-from iterbatch.reuse.store import ActivationStore, Layout, Warn, stores_folder
+from iterbatch.reuse.store import DTYPES, ActivationStore, Layout, Warn, stores_folder
 from iterbatch.runtime.processes import from_main, is_main
 
 
@@ -94,6 +94,7 @@ def open_reuse(
     Without a prefix to reuse, or a folder to write to, say so and train without.
     """
     stores: dict[str, ActivationStore | None] = dict.fromkeys(SPLITS)
+    kept_as = None
     if speed.reuse == "epoch":
         if model.cut == 0:
             warn(
@@ -101,8 +102,8 @@ def open_reuse(
                 "--lora_layers top:N makes one"
             )
         else:
-            stores = _open_stores(texts, model, speed, warn)
-    reuse = Reuse({split: PrefixSource(model, device, store) for split, store in stores.items()})
+            stores, kept_as = _open_stores(texts, model, speed, warn), DTYPES[speed.reuse_dtype]
+    reuse = Reuse({split: PrefixSource(model, device, store, kept_as) for split, store in stores.items()})
     try:
         yield reuse
     finally:

@@ -8,9 +8,9 @@ between the two writes leaves an item that is missing, not one that is wrong.
 What does not live here: when activations are computed or read (:mod:`iterbatch.reuse.prefix`).
 """
 
-import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from iterbatch.data.cache import cache_folder
 from iterbatch.errors import RunError
-from iterbatch.records.write import refuse_links, write_json
+from iterbatch.records.write import read_json, refuse_links, write_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ENTRY = np.dtype([("checksum", "<u8"), ("seconds", "<f8")])  # checksum 0: nothing stored
+FILES_WITHIN = 10  # seconds a reader waits for the files that another process is making
 PRESENT = 1 << 32  # added to the 32 bits of a checksum, so that none is 0
 
 Warn = Callable[[str], None]
@@ -107,6 +108,7 @@ class ActivationStore:
             lock = FileLock(self.folder / "lock", blocking=False)
             lock.acquire()
         except Timeout:
+            self._wait_for_files()
             self._say(
                 "busy",
                 f"another run is filling {self.folder.name}; this one reads what is there and stores nothing",
@@ -127,25 +129,42 @@ class ActivationStore:
         self._lock = lock
         return True
 
+    def _wait_for_files(self) -> None:
+        """Who holds the lock may only just have taken it."""
+        until = time.monotonic() + FILES_WITHIN
+        while self._files_short() and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def _files_short(self) -> bool:
+        return any(
+            not (file := self.folder / name).exists() or file.stat().st_size < size
+            for name, size in self._sizes.items()
+        )
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each file at least."""
+        return {
+            "index.bin": len(self.layout.lengths) * ENTRY.itemsize,
+            "activations.bin": self.layout.bytes,
+        }
+
     def _own(self, header: dict[str, Any]) -> bool:
         """Make the files this store's own, emptied where they belong to something else.
 
         They only ever grow.
         """
         file = self.folder / "header.json"
-        if file.exists() and _read_json(file) != header:
+        if file.exists() and read_json(file) != header:
             self._say(
                 "foreign",
                 f"the activation store {self.folder} belongs to another key or its header is damaged; it is "
                 "built anew",
             )
-            for name in ("index.bin", "activations.bin"):
+            for name in self._sizes:
                 (self.folder / name).unlink(missing_ok=True)
         write_json(file, header)
-        for name, size in (
-            ("index.bin", len(self.layout.lengths) * ENTRY.itemsize),
-            ("activations.bin", self.layout.bytes),
-        ):
+        for name, size in self._sizes.items():
             with (self.folder / name).open("ab") as content:
                 # A file cut short is filled up with zeros, and the items that are lost fail their checksum.
                 content.truncate(max(size, content.tell()))
@@ -157,16 +176,19 @@ class ActivationStore:
         mode = "r+b" if self.writable else "rb"
         self._index_file = (self.folder / "index.bin").open(mode, buffering=0)
         self._file = (self.folder / "activations.bin").open(mode, buffering=0)
-        # Reads go through the map, writes through the file: writing to a map kills the process when
-        # the disk is full.
-        self._index = np.memmap(self.folder / "index.bin", dtype=ENTRY, mode="r")
-        self._data = np.memmap(self.folder / "activations.bin", dtype=np.uint8, mode="r")
-        if len(self._index) < self.capacity or len(self._data) < self.layout.bytes:
-            self.capacity = 0  # a reader cannot repair it
+        if self._files_short():  # a reader cannot repair it
+            self.capacity = 0
+            self._index, self._data = np.empty(0, dtype=ENTRY), np.empty(0, dtype=np.uint8)
             self._say(
                 "short",
                 f"the activation store {self.folder} is cut short and cannot be written; it is not used",
             )
+            return
+        # Reads go through the map, writes through the file: writing to a map kills the process when
+        # the disk is full.
+        items = len(self.layout.lengths)
+        self._index = np.memmap(self.folder / "index.bin", dtype=ENTRY, mode="r", shape=(items,))
+        self._data = np.memmap(self.folder / "activations.bin", dtype=np.uint8, mode="r")
 
     def _say(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -258,13 +280,6 @@ def _checksum(item: int, data: np.ndarray, seconds: np.float64) -> int:
     return PRESENT | zlib.crc32(data.data, start)
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 # ------------------------------------------------------------------------------------------------------------
 # All stores: ``iterbatch cache``
 
@@ -293,7 +308,7 @@ def list_stores() -> list[StoreInfo]:
 
 
 def _info(folder: Path) -> StoreInfo:
-    header = _read_json(folder / "header.json")
+    header = read_json(folder / "header.json")
     index = folder / "index.bin"
     entries = np.fromfile(index, dtype=ENTRY) if index.exists() else np.empty(0, dtype=ENTRY)
     size = sum(_disk_bytes(file) for file in folder.iterdir())

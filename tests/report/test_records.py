@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+from conftest import tiny_flags
 from support.records import change_result
 
 import iterbatch
@@ -17,16 +18,7 @@ from iterbatch.report.wording import cell_text
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, tiny_folder):
     """A run of two arms with two seeds."""
-    flags = {
-        "model_name": str(tiny_folder),
-        "dtype": "float32",
-        "max_length": 32,
-        "max_train_tokens": 512,
-        "max_eval_tokens": 200,
-        "evals": 2,
-        "lr": 0.01,
-        "log_with": ["none"],
-    }
+    flags = tiny_flags(tiny_folder)
     folder = tmp_path_factory.mktemp("records")
     return iterbatch.run(
         make_config(**flags, strategies=["baseline", "fixed"], seeds=[0, 1], save_dir=folder, run_name="run")

@@ -25,7 +25,7 @@ from iterbatch.records.record import BatchRecord, EvalRecord, read_records
 from iterbatch.reuse.prefetch import Prefetch
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.reuse.run_stores import weights_digest
-from iterbatch.reuse.store import ActivationStore, Layout
+from iterbatch.reuse.store import DTYPES, ActivationStore, Layout
 from iterbatch.training.step import Extras
 
 LENGTH, LR = 24, 0.01
@@ -89,7 +89,7 @@ def _store(model, folder, blocks, dtype="float32", limit=float("inf")):
     store = ActivationStore(
         folder, {"key": cut.cut}, Layout([LENGTH] * len(blocks), 32, dtype, limit), pytest.fail
     )
-    return PrefixSource(cut, torch.device("cpu"), store), store
+    return PrefixSource(cut, torch.device("cpu"), store, DTYPES[dtype]), store
 
 
 def _train(step, stream, batches, repeats=2):
@@ -504,7 +504,15 @@ def test_a_store_folder_that_cannot_be_made_is_done_without(quick, monkeypatch, 
     )  # token blocks are in the cache now
     (tmp_path / "cache" / "activations").write_text("in the way", encoding="utf-8")
     listener = Notes()
-    run = iterbatch.run(make_config(**quick, reuse="epoch", run_name="run"), listener)
+    epoch = quick | {"reuse": "epoch", "reuse_dtype": "bfloat16"}
+    run = iterbatch.run(make_config(**epoch, run_name="run"), listener)
+    (tmp_path / "cache" / "activations").unlink()
+    stored = iterbatch.run(make_config(**epoch, run_name="stored"))
+    numbers = [
+        [rows["baseline", 0][name] for name in ("test_ppl", "base_val_ppl")]
+        for rows in map(_rows, (run, stored))
+    ]
+    assert numbers[0] == numbers[1]  # rounded as if there was a store
     assert any("cannot be used" in note and "as with --reuse batch" in note for note in listener.notes)
     assert _rows(run)["baseline", 0]["store_gb"] == 0
 

@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from iterbatch.errors import RunError
 from iterbatch.reuse import store as store_module
@@ -264,6 +266,24 @@ def test_a_second_run_reads_but_does_not_write(opened, notes):
     first.close()
     third = opened()
     assert third.writable
+    assert len(notes) == 1
+
+
+def test_a_second_run_waits_for_files_that_are_being_made(opened, notes, tmp_path):
+    """The first run has taken the lock a moment ago."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    with FileLock(folder / "lock"):
+        for name, size in (("index.bin", 0), ("activations.bin", 0)):
+            (folder / name).write_bytes(bytes(size))
+
+        def make():
+            for name in ("index.bin", "activations.bin"):
+                (folder / name).write_bytes(bytes(1000))
+
+        threading.Timer(0.2, make).start()
+        second = opened(folder)
+    assert second.capacity == len(LENGTHS)
     assert len(notes) == 1
 
 
