@@ -164,7 +164,7 @@ def content(run_dir: Path) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for file in sorted(run_dir.rglob("*")):
         name = str(file.relative_to(run_dir))
-        if file.is_dir() or name in THERE or file.suffix in (".md", ".png", ".pdf", ".html", ".csv"):
+        if file.is_dir() or name in THERE or file.suffix in (".md", ".png", ".pdf", ".html", ".csv", ".tex"):
             kept[name] = "there"
         elif file.suffix == ".jsonl":
             kept[name] = [untimed(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -11,7 +11,7 @@ from rich.text import Text
 from iterbatch.config import range_problems
 from iterbatch.errors import ConfigError
 from iterbatch.records import layout
-from iterbatch.report.answers import answers
+from iterbatch.report.answers import answer_line, answers, cautions, conclusion
 from iterbatch.report.comparison import CellScores
 from iterbatch.report.wording import plain
 from iterbatch.study.pairs import Notify
@@ -55,11 +55,12 @@ def exit_code(stopped: KeyboardInterrupt) -> int:
     return getattr(stopped, "exit_code", EXIT_INTERRUPTED)
 
 
-def print_answers(console: Console, cells: Sequence[CellScores], run_dir: Path) -> None:
+def print_answers(console: Console, cells: Sequence[CellScores], folder: Path) -> None:
     """What a comparison says, and where its report is."""
     for cell in cells:
         if cell.name:
             console.print(Text(f"\n{plain(cell.name)}", style="bold"))
-        for answer in answers(cell):
-            console.print(Text(f"- {plain(answer)}"), soft_wrap=True)
-    console.print(Text(f"\nReport: {run_dir / layout.REPORT}"), soft_wrap=True)
+        console.print(Text(plain(conclusion(cell)), style="bold"))
+        for each in (*map(answer_line, answers(cell)), *cautions(cell)):
+            console.print(Text(f"- {plain(each)}"), soft_wrap=True)
+    console.print(Text(f"\nReport: {folder / layout.REPORT}"), soft_wrap=True)

@@ -19,6 +19,7 @@ from iterbatch.quiet import quiet_libraries
 from iterbatch.records import layout
 from iterbatch.records.read import read_samples
 from iterbatch.report import summary
+from iterbatch.report.answers import cautions
 from iterbatch.report.comparison import CellScores, read_cells
 from iterbatch.report.wording import plain
 
@@ -77,8 +78,8 @@ def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
     console.print(table)
     if scored := summary.scored_words(cell):
         console.print(Text(f"Scored: {scored}."))
-    for note in summary.notices(cell):
-        console.print(Text(note))
+    for caution in cautions(cell):
+        console.print(Text(plain(caution)))
     begin = f"begin with {layout.REPORT} or {layout.SUMMARY_PAGE}"
     console.print(Text(f"Records, adapters, samples and figures are in {run_dir} ({begin})."))
     command = typed("iterbatch", "generate", run_dir, "--prompt", _prompt(cell))

@@ -20,7 +20,7 @@ FIGURES = "figures"
 STUDY = "study.json"
 TUNING = "tuning.json"  # of the trials that its learning rates were chosen by
 SUMMARY, SUMMARY_PAGE = "summary.json", "summary.md"
-REPORT, REPORT_TEXT, METRICS = "report.html", "report.md", "metrics.csv"
+REPORT, REPORT_TEXT, METRICS, TABLE = "report.html", "report.md", "metrics.csv", "table.tex"
 LOCK, HOLDER = "lock", "holder.json"
 WORKERS = ".workers"  # claims, locks and logs
 

@@ -1,33 +1,129 @@
-"""What a comparison says, a sentence each; it comes first."""
+"""What a comparison says in plain words: a sentence, then a question a row, then what to keep in mind."""
 
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from iterbatch.report.comparison import CellScores, Comparison
-from iterbatch.report.wording import interval_of, interval_words, mean, number, percent, share_words
+from iterbatch.report.wording import interval_words, p_words, percent_words, signed
 from iterbatch.strategy import REFERENCE
 
 
-def answers(cell: CellScores) -> list[str]:
-    """What the comparison says, a sentence each.
+@dataclass(frozen=True)
+class Answer:
+    """A question of the report, answered."""
 
-    Which arm is best at this budget, what reaching the baseline takes, what controls leave of it.
-    """
+    question: str
+    arm: str  # whose claim it is
+    rival: str  # that it must beat
+    verdict: str  # of the comparison, in its own words
+    words: str  # the answer
+    difference: str  # nats a token with its interval; empty where there is none
+    p: str  # after Holm's correction
+
+
+def conclusion(cell: CellScores) -> str:
+    """What the comparison says, in one sentence; what it leaves out comes before."""
+    return "".join(f"{each} " for each in _unpaired(cell)) + _conclusion(cell)
+
+
+def _conclusion(cell: CellScores) -> str:
     if cell.open:
-        return [unfinished(cell.open)]
+        return unfinished(cell.open)
     if cell.arm(REFERENCE) is None:
-        return [f"There is no arm '{REFERENCE}' to compare with; the table below stands alone."]
-    said = [
-        *_unpaired_words(cell),
-        *_best(cell),
-        *_luck_words(cell),
-        *_alike_words(cell),
-        *_worth_words(cell),
-        _target_words(cell),
-    ]
-    said += [f"{question} {verdict_words(each)}" for question, each in cell.questions]
-    return [*said, *_text_words(cell)]
+        return f"There is no arm '{REFERENCE}' to compare with: the table of arms stands alone."
+    found = [each for each in cell.against_baseline if math.isfinite(each.estimate)]
+    if not found:
+        return _nothing(cell)
+    best = min(found, key=lambda each: each.estimate)
+    opening = f"For {_budget(cell)}, "
+    if best.interval is None:
+        return f"{opening}{_ended(best)}; with one seed this may be chance."
+    return f"{opening}{_best(best, found)}{_best_repeating(cell, best, found)}"
+
+
+def _best(best: Comparison, found: Sequence[Comparison]) -> str:
+    """How the best arm stands, and who else."""
+    better, worse = ([each.arm for each in found if each.verdict == word] for word in ("better", "worse"))
+    if best.verdict == "better":
+        others = [arm for arm in better if arm != best.arm]
+        also = f" {_listed(others)} ended lower, too." if others else ""
+        return f"{_ended(best)} ({_sure(best)}).{also}"
+    if len(worse) == len(found):
+        arms = "every other arm ended" if len(found) > 1 else f"{best.arm} ended"
+        nearest = f", the nearest, {best.arm}, by {percent_words(best.estimate)[0]}" if len(found) > 1 else ""
+        by = nearest or f" by {percent_words(best.estimate)[0]}"
+        return f"{arms} with a higher test perplexity than the baseline{by} ({_sure(best)})."
+    return f"no arm beat the baseline beyond chance: the nearest, {_ended(best)} ({_sure(best)})."
+
+
+def _best_repeating(cell: CellScores, best: Comparison, found: Sequence[Comparison]) -> str:
+    """The best of the arms that repeat batches, where the best of all does not."""
+    repeating = [each for each in found if _repeats(cell, each.arm)]
+    if not repeating or best in repeating:
+        return ""
+    first = min(repeating, key=lambda each: each.estimate)
+    size, way = percent_words(first.estimate)
+    chance = "" if first.verdict in ("better", "worse") else ", which may be chance"
+    return f" Of the arms that repeat batches {first.arm} did best: {size} {way}{chance}."
+
+
+def _repeats(cell: CellScores, name: str) -> bool:
+    arm = cell.arm(name)
+    return arm is not None and arm.mean(lambda result: result.flops_repeat) > 0
+
+
+def over_all(cells: Mapping[str, CellScores]) -> str:
+    """What several comparisons say together, in one sentence."""
+    verdicts = {name: {each.verdict for each in cell.against_baseline} for name, cell in cells.items()}
+    better = [name for name, found in verdicts.items() if "better" in found]
+    only_worse = [name for name, found in verdicts.items() if found == {"worse"}]
+    if len(better) == len(cells):
+        return f"In each of {len(cells)} comparisons an arm ended better than the baseline beyond chance."
+    found = (
+        f"in {len(better)} of {len(cells)} comparisons ({_listed(better)})"
+        if better
+        else f"in none of {len(cells)} comparisons"
+    )
+    worse = f"; in {len(only_worse)} every other arm ended worse" if only_worse else ""
+    return f"{found[0].upper()}{found[1:]} an arm ended better than the baseline beyond chance{worse}."
+
+
+def _nothing(cell: CellScores) -> str:
+    failed = [str(each.seed) for arm in cell.arms if arm.name == REFERENCE for each in arm.failures]
+    if failed:
+        return f"There is nothing to compare: the baseline failed with seed {', '.join(failed)}."
+    return "There is nothing to compare: no other arm has finished a seed that the baseline has finished."
+
+
+def _budget(cell: CellScores) -> str:
+    """What all arms had the same of, and what the dearest cost where that was not compute."""
+    if cell.unit == "flops":
+        return "the same compute"
+    ratio = max((cell.compute_ratio(arm.name) for arm in cell.compared), default=math.nan)
+    more = f" but up to {ratio:.2f} times the compute" if ratio > 1.02 else ""
+    return f"the same {cell.unit}{more}"
+
+
+def _ended(each: Comparison) -> str:
+    size, way = percent_words(each.estimate)
+    return f"{each.arm} ended with {size} {way} test perplexity than the baseline"
+
+
+def _sure(each: Comparison) -> str:
+    """The interval in per cent, the p-value, and of how many seeds."""
+    assert each.interval is not None
+    low, high = percent_words(each.interval.low), percent_words(each.interval.high)
+    interval = (
+        f"{low[0]} to {high[0]} {high[1]}" if low[1] == high[1] else f"{' '.join(low)} to {' '.join(high)}"
+    )
+    if low[1] == high[1] == "lower":  # the smaller change first
+        interval = f"{high[0]} to {low[0]} lower"
+    return f"95% interval {interval}; p {p_words(each.p_adjusted, '= ')}; {len(each.seeds)} seeds"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def unfinished(pairs: Sequence[tuple[str, int]]) -> str:
@@ -37,80 +133,80 @@ def unfinished(pairs: Sequence[tuple[str, int]]) -> str:
     return f"Unfinished, no verdict yet: {named}{more} still to be trained. The numbers are those so far."
 
 
-def _unpaired_words(cell: CellScores) -> list[str]:
+# ------------------------------------------------------------------------------------------------------------
+# Questions
+
+WORDS = {
+    "better": "Yes",
+    "worse": "No, the other way round",
+    "no difference found": "No difference found",
+    "no interval": "Not decided: fewer than two seeds",
+    "trained alike": "Not tested: {arm} and {rival} trained alike, to the last digit",
+    "reference failed": "{rival} failed with a seed that {arm} finished",
+    "failed": "{arm} failed with a seed that {rival} finished",
+    "unfinished": "Not decided: pairs are still to be trained",
+}
+
+
+def answers(cell: CellScores) -> list[Answer]:
+    """The questions that the arms of a comparison ask, each with its answer."""
+    return [answer(question, each) for question, each in cell.questions]
+
+
+def answer(question: str, each: Comparison) -> Answer:
+    """One of them."""
+    words = WORDS[each.verdict].format(arm=each.arm, rival=each.reference)
+    told = each.verdict not in ("trained alike", "failed", "reference failed")
+    return Answer(
+        question,
+        each.arm,
+        each.reference,
+        each.verdict,
+        words,
+        interval_words(each) if told else "",
+        p_words(each.p_adjusted) if told else "",
+    )
+
+
+def answer_line(each: Answer) -> str:
+    """An answer in one line, for a terminal."""
+    p = f", p {each.p}" if each.p.startswith("<") else f", p = {each.p}"
+    size = f": {each.arm} - {each.rival} {each.difference} nats a token{p if each.p not in ('', '-') else ''}"
+    return f"{each.question} {each.words}{size if each.difference else ''}."
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What to keep in mind
+
+
+def cautions(cell: CellScores) -> list[str]:
+    """What the reader of a comparison must know to read it right, a sentence each."""
+    return [*_alike(cell), *_compute(cell), *_few(cell), *_luck(cell), *_failed(cell)]
+
+
+def _unpaired(cell: CellScores) -> list[str]:
     left = ", ".join(f"{arm} with seed {seed}" for arm, seed in cell.unpaired)
     why = "scored on other documents than the baseline, or document by document not at all"
     return [f"Left out of every comparison: {left}, {why}."] if left else []
 
 
-def _best(cell: CellScores) -> list[str]:
-    unit = "FLOPs" if cell.unit == "flops" else cell.unit
-    budget = "the same epochs, at different cost" if unit == "epochs" else f"the same {unit}"
-    found = [each for each in cell.against_baseline if math.isfinite(each.estimate)]
-    if not found:
-        failed = [str(each.seed) for arm in cell.arms if arm.name == REFERENCE for each in arm.failures]
-        why = (
-            f"the baseline failed with seed {', '.join(failed)}"
-            if failed
-            else "no other arm has finished a seed that the baseline has finished"
-        )
-        return [f"There is nothing to compare: {why}."]
-    best = min(found, key=lambda each: each.estimate)
-    size = f"{interval_words(best)} nats a token against the baseline ({percent(best)})"
-    if best.estimate >= 0:
-        none = "no arm has a lower test perplexity than the baseline"
-        said = f"For {budget}, {none}; nearest is {best.arm}, {size}."
-    else:
-        said = f"For {budget}, {best.arm} has the lowest test perplexity: {size}"
-        said += {
-            "no interval": "; with fewer than two seeds there is no interval, and this may be chance.",
-            "better": f"; p = {best.p_adjusted:.3f} after Holm's correction.",
-        }.get(best.verdict, f", which may be chance (p = {best.p_adjusted:.3f} after Holm's correction).")
-    for verdict in ("better", "worse"):
-        arms = [
-            each.arm
-            for each in found
-            if each.verdict == verdict and (each.arm != best.arm or verdict == "worse")
-        ]
-        said += f" {verdict.capitalize()} than the baseline beyond chance: {', '.join(arms)}." if arms else ""
-    return [said]
-
-
-def _target_words(cell: CellScores) -> str:
-    reached_by, missed_by = [], []
-    for arm in cell.compared:
-        interval, reached, of = cell.to_target(arm.name)
-        if reached < of or not of:
-            missed_by.append(f"{arm.name} ({reached} of {of})")
-        else:
-            reached_by.append(f"{arm.name} {share_words(interval)}")
-    missed = [f"not reached with every seed: {', '.join(missed_by)}"] if missed_by else []
-    found = "; ".join([*reached_by, *missed])
-    return (
-        "FLOPs to reach the final validation perplexity of its own baseline, the one of the same seed, as a "
-        f"share of that baseline's: {found or 'no other arm'}. A curve that is nearly flat at its end makes "
-        "much of little here."
-    )
-
-
-def _worth_words(cell: CellScores) -> list[str]:
-    found = [(arm.name, cell.worth(arm.name)) for arm in cell.compared]
-    said = [f"{name} {interval_of(worth)}" for name, worth in found if worth is not None]
-    if cell.exchange is None or not said:
-        return []
-    shares = ", ".join(f"{share:g}" for share in cell.exchange[0])
-    return [
-        "Compute worth: what the baseline would have needed to end where the arm did, over what the arm "
-        f"spent, read off baselines that decayed at {shares} of the budget: {'; '.join(said)}. "
-        "Above 1 the arm pays."
-    ]
-
-
-def _alike_words(cell: CellScores) -> list[str]:
+def _alike(cell: CellScores) -> list[str]:
     return [arm.alike for arm in cell.arms if arm.alike]
 
 
-def _luck_words(cell: CellScores) -> list[str]:
+def _compute(cell: CellScores) -> list[str]:
+    if not any(cell.compute_ratio(arm.name) >= 1.02 for arm in cell.compared):
+        return []
+    said = "The arms spent different amounts of compute: a lower perplexity is no proof that repeating pays"
+    advice = "" if cell.unit == "flops" else "; with --match flops every arm costs what the baseline costs"
+    return [f"{said}{advice}."]
+
+
+def _few(cell: CellScores) -> list[str]:
+    return [f"Caution: {said}." for split, text in cell.scored.items() if (said := text.caution(split))]
+
+
+def _luck(cell: CellScores) -> list[str]:
     known = [each.luck for each in cell.against_baseline if not math.isnan(each.luck)]
     if not known:
         return []
@@ -120,46 +216,11 @@ def _luck_words(cell: CellScores) -> list[str]:
     ]
 
 
-def verdict_words(each: Comparison) -> str:
-    """What a control leaves of a claim."""
-    what = f"{each.arm} minus {each.reference}: {interval_words(each)} nats a token"
-    words = {
-        "better": f"Yes: {what}, p = {each.p_adjusted:.3f}.",
-        "worse": f"No, the other way round: {what}, p = {each.p_adjusted:.3f}.",
-        "no difference found": f"No difference found: {what}, p = {each.p_adjusted:.3f}.",
-        "no interval": f"Not decided, fewer than two seeds: {what}.",
-        "trained alike": f"Not tested: {each.arm} and {each.reference} trained alike, to the last digit.",
-        "reference failed": f"{each.reference} failed with a seed that {each.arm} finished.",
-        "failed": f"{each.arm} failed with a seed that {each.reference} finished.",
-        "unfinished": f"Not decided, pairs are still to be trained: {what}.",
-    }
-    return words[each.verdict]
+def _failed(cell: CellScores) -> list[str]:
+    failed = [f"{arm.name}, seed {each.seed}: {each.failed}" for arm in cell.arms for each in arm.failures]
+    return [f"Failed, and scored as infinity: {'; '.join(failed)}."] if failed else []
 
 
-def _text_words(cell: CellScores) -> list[str]:
-    baseline = cell.arm(REFERENCE)
-    compared = [arm for arm in cell.compared if arm.finished]
-    if baseline is None or not baseline.finished or not compared:
-        return []
-    rep, varied = (
-        {arm.name: mean(arm.text("sampled", metric)) for arm in [baseline, *compared]}
-        for metric in ("rep_4", "distinct_2")
-    )
-    within = [
-        statistics.variance(values)
-        for arm in cell.arms
-        if len(values := arm.text("sampled", "distinct_2")) > 1
-    ]
-    noise = ""
-    if within:
-        noise = f", where seeds of one arm spread by {number(math.sqrt(statistics.fmean(within)))}"
-    others = [name for name in rep if name != REFERENCE]
-    least, most = (choose(others, key=lambda name: varied[name]) for choose in (min, max))
-    low, high = (choose(rep[name] for name in others) for choose in (min, max))
-    return [
-        f"Sampled text: distinct-2 is {number(varied[REFERENCE])} for the baseline, and "
-        f"{number(varied[least])} ({least}) to "
-        f"{number(varied[most])} ({most}) for the others{noise}; "
-        f"rep-4 is {number(rep[REFERENCE])}, "
-        f"and {number(low)} to {number(high)} for the others."
-    ]
+def glance(estimate: float, verdict: str) -> str:
+    """A difference where there is room for a number only."""
+    return f"{signed(estimate)}{'*' if verdict in ('better', 'worse') else ''}"

@@ -84,7 +84,7 @@ class CellScores:
     Args:
         run_dir: Its folder.
         name: Of the cell; empty for a study of one.
-        kinds: Of its arms, by name and in their order; default: what their results say.
+        arms: What each arm sets for itself, by name and in their order; default: what their results say.
         seeds: That its arms are trained with; default: those there are.
 
     Raises:
@@ -95,12 +95,13 @@ class CellScores:
         self,
         run_dir: Path,
         name: str = "",
-        kinds: Mapping[str, str] | None = None,
+        arms: Mapping[str, Any] | None = None,
         seeds: Sequence[int] = (),
     ) -> None:
         self.run_dir, self.name = run_dir, name
-        self.open = _open(run_dir, kinds or {}, seeds)  # still to be trained: no verdict before
-        self.arms = read_arms(run_dir, kinds or {})
+        self._own = {arm: _own(settings) for arm, settings in (arms or {}).items()}
+        self.open = _open(run_dir, self._own, seeds)  # still to be trained: no verdict before
+        self.arms = read_arms(run_dir, {arm: str(own.get("strategy", arm)) for arm, own in self._own.items()})
         self.config = settings_of(run_dir)
         study = run_dir.parent if name else run_dir
         self.tuning = read_curves(study).get(name, {})  # how its arms' learning rates were found
@@ -119,6 +120,23 @@ class CellScores:
     def arm(self, name: str) -> ArmScores | None:
         """An arm by name."""
         return next((arm for arm in self.arms if arm.name == name), None)
+
+    def own(self, name: str) -> Mapping[str, Any]:
+        """What an arm sets for itself."""
+        return self._own.get(name, {})
+
+    def compute_ratio(self, name: str) -> float:
+        """Mean over seeds of an arm's FLOPs over the baseline's with the same seed; NaN without one."""
+        arm, baseline = self.arm(name), self.arm(REFERENCE)
+        if arm is None or baseline is None:
+            return math.nan
+        spent = {each.seed: each.result.flops for each in baseline.seeds if each.result is not None}
+        ratios = [
+            each.result.flops / (spent.get(each.seed) or math.nan)
+            for each in arm.seeds
+            if each.result is not None
+        ]
+        return statistics.fmean(ratios) if ratios else math.nan
 
     @property
     def compared(self) -> list[ArmScores]:
@@ -367,7 +385,7 @@ def _questions(arm: ArmScores, adaptive: Sequence[str]) -> list[tuple[str, str, 
     """What an arm's strategy asks: question, who is examined, who must be beaten."""
     kind = STRATEGIES[arm.kind]
     if not kind.question:
-        return []
+        return [(f"Does {arm.name} beat training every batch once?", arm.name, REFERENCE)]
     source = arm.settings.source if arm.settings is not None and kind.made_from else None
     if kind.rival:
         pairs = [(arm.name, kind.rival)]
@@ -407,17 +425,9 @@ def cells_of(run_dir: Path) -> list[CellScores]:
     """All cells of a study, in its order, or the one of a run, whether they have a result or not."""
     if (run_dir / layout.STUDY).exists():
         cells: Mapping[str, Any] = read_study(run_dir)["cells"]
-        return [
-            CellScores(
-                run_dir / name,
-                name,
-                {arm: _own(own).get("strategy", arm) for arm, own in cell["arms"].items()},
-                _seeds(cell),
-            )
-            for name, cell in cells.items()
-        ]
+        return [CellScores(run_dir / name, name, cell["arms"], _seeds(cell)) for name, cell in cells.items()]
     names = settings_of(run_dir).get("strategies")  # of a run of an earlier version
-    return [CellScores(run_dir, kinds={name: name for name in names} if isinstance(names, list) else None)]
+    return [CellScores(run_dir, arms=dict.fromkeys(names) if isinstance(names, list) else None)]
 
 
 def open_pairs(run_dir: Path) -> list[tuple[str, int]]:

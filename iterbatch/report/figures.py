@@ -142,14 +142,112 @@ def _curves(axes: Axes, cell: CellScores, *, axis: str, label: str) -> bool:
         style = _style(cell, arm.name)
         axes.plot(cost, values.mean(axis=1), marker="o", markersize=3, linewidth=1.4, **style)
         if len(curves) > 1:
-            axes.fill_between(
-                cost, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.12, linewidth=0
+            axes.plot(
+                cost, values, color=style["color"], linestyle=style["linestyle"], linewidth=0.5, alpha=0.4
             )
     axes.set(xlabel=label, ylabel="validation perplexity", yscale="log")
     _plain_ticks(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _legend(axes)
     return bool(axes.lines)
+
+
+def _final(axes: Axes, cell: CellScores) -> bool:
+    """Final perplexity of every arm against its compute, or a row an arm where all cost the same."""
+    baseline = cell.arm(REFERENCE)
+    known = {
+        arm.name: arm.values(lambda result: result.test_ppl) for arm in cell.arms if arm.budget_share == 1
+    }
+    points = {name: values for name, values in known.items() if values}
+    if not points:
+        return False
+    centre = statistics.fmean(points[REFERENCE]) if REFERENCE in points else None
+    spans = {
+        each.arm: (each.interval.low, each.interval.high)
+        for each in cell.against_baseline
+        if each.interval is not None and centre is not None and np.isfinite(each.estimate)
+    }
+    ratios = {name: cell.compute_ratio(name) for name in points}
+    costs = [ratio for ratio in ratios.values() if np.isfinite(ratio)]
+    apart = baseline is not None and len(costs) == len(points) and max(costs) > 1.05 * min(costs)
+    painter = _against_compute if apart else _row_an_arm
+    painter(axes, cell, points, ratios, {name: _around(centre, span) for name, span in spans.items()})
+    if centre is not None:
+        (axes.axhline if apart else axes.axvline)(centre, color=INK, linewidth=0.8, zorder=0)
+    return True
+
+
+Span = tuple[float, float]
+
+
+def _around(centre: float | None, span: Span) -> Span:
+    """An interval of log perplexity as perplexities."""
+    return ((centre or 1.0) * float(np.exp(span[0])), (centre or 1.0) * float(np.exp(span[1])))
+
+
+def _row_an_arm(
+    axes: Axes,
+    cell: CellScores,
+    points: Mapping[str, Sequence[float]],
+    ratios: Mapping[str, float],
+    spans: Mapping[str, Span],
+) -> None:
+    whole: Any = axes.figure
+    whole.set_size_inches(5.6, max(2.6, 1.3 + 0.3 * len(points)))
+    names = [f"{name}  {ratios[name]:.2f}×" if np.isfinite(ratios[name]) else name for name in points]
+    for place, (name, values) in zip(_rows(axes, names), points.items(), strict=True):
+        colour = _style(cell, name)["color"]
+        axes.plot(
+            values, [place] * len(values), "o", markersize=4, color=colour, alpha=0.45, markeredgewidth=0
+        )
+        if name in spans:
+            axes.plot(spans[name], [place, place], color=colour, linewidth=2)
+        axes.plot([statistics.fmean(values)], [place], "s", markersize=6, color=colour)
+    axes.set(xlabel="test perplexity, lower is better")
+    _few_ticks(axes.xaxis)
+
+
+def _against_compute(
+    axes: Axes,
+    cell: CellScores,
+    points: Mapping[str, Sequence[float]],
+    ratios: Mapping[str, float],
+    spans: Mapping[str, Span],
+) -> None:
+    means = {name: statistics.fmean(values) for name, values in points.items()}
+    reach, height = np.ptp([value for values in points.values() for value in values]), -np.inf
+    for name in sorted(points, key=lambda name: means[name]):
+        colour, cost = _style(cell, name)["color"], ratios[name]
+        axes.plot(
+            [cost] * len(points[name]),
+            points[name],
+            "o",
+            markersize=4,
+            color=colour,
+            alpha=0.45,
+            markeredgewidth=0,
+        )
+        if name in spans:
+            axes.plot([cost, cost], spans[name], color=colour, linewidth=2)
+        axes.plot([cost], [means[name]], "s", markersize=6, color=colour)
+        height = max(means[name], height + 0.05 * reach)  # labels must not lie on one another
+        place = {
+            "xytext": (8, 0),
+            "textcoords": "offset points",
+            "verticalalignment": "center",
+            "fontsize": 8,
+        }
+        axes.annotate(_literal(name), (cost, height), color=INK, **place)
+    axes.set(xlabel="compute, times the baseline's", ylabel="test perplexity, lower is better")
+    axes.margins(x=0.18)
+    _few_ticks(axes.yaxis)
+
+
+def _few_ticks(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
 def _rows(axes: Axes, names: Sequence[str]) -> np.ndarray:
@@ -320,7 +418,7 @@ def _split(axes: Axes, cell: CellScores) -> bool:
     left = np.zeros(len(arms))
     for label, colour, figure in (
         ("fresh", PALETTE[0], lambda result: result.flops_fresh),
-        ("repeats", PALETTE[1], lambda result: result.flops_repeat),
+        ("repeated", PALETTE[1], lambda result: result.flops_repeat),
         ("overhead", PALETTE[2], lambda result: result.flops_probe + result.flops_lost),
     ):
         width = np.nan_to_num([arm.mean(figure) for arm in arms])
@@ -355,11 +453,19 @@ def _plain_ticks(axes: Axes) -> None:
 
 
 _CURVES = (
-    "Lower and further left is better. Lines are means over seeds, bands their range; the untrained base is "
-    "left out."
+    "Lower and further left is better. Thick lines are means over seeds, thin ones single seeds; the "
+    "untrained base is left out."
 )
+FINAL = "final"  # the figure that a report begins with
 # Name of its files, title, how to read it, and what paints it.
 FIGURES: list[tuple[str, str, str, Paint]] = [
+    (
+        FINAL,
+        "Final test perplexity and what it cost",
+        "A small circle for each seed, a square for their mean; the bar is the 95% interval of the "
+        "difference to the baseline, whose own mean is the line. × is compute, in the baseline's.",
+        _final,
+    ),
     *(
         (
             f"perplexity_{axis}",
@@ -416,7 +522,7 @@ FIGURES: list[tuple[str, str, str, Paint]] = [
     ),
     (
         "loss_by_pass",
-        "Loss after each repeat",
+        "Loss before each pass",
         "Loss before each pass on a batch minus its initial loss, mean over batches with that many passes. "
         "It falls "
         "there whether or not anything is learnt that helps elsewhere.",
@@ -425,7 +531,8 @@ FIGURES: list[tuple[str, str, str, Paint]] = [
     (
         "compute",
         "What the compute went into",
-        "FLOPs a run, mean over seeds: fresh passes, repeats, and overhead (probes, and what was undone).",
+        "FLOPs a run, mean over seeds: fresh passes, repeated ones, and overhead (probes, and what was "
+        "undone).",
         _split,
     ),
 ]

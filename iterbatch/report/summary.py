@@ -16,10 +16,10 @@ from iterbatch.records.read import read_results, read_samples
 from iterbatch.records.result import DECODINGS, TEXT_METRICS, ArmResult, TextMetrics
 from iterbatch.records.write import write_json, write_text
 from iterbatch.report import figures
+from iterbatch.report.answers import cautions
 from iterbatch.report.comparison import CellScores, cells_of
 from iterbatch.report.scores import ArmScores
-from iterbatch.report.wording import code, markdown, mean, spread
-from iterbatch.strategy import REFERENCE
+from iterbatch.report.wording import code, markdown, mean, number, spread
 
 COLUMNS = (
     "strategy",
@@ -68,15 +68,14 @@ def rows(cell: CellScores) -> list[list[str]]:
 
     Mean over seeds, with the standard deviation of perplexities where there are several.
     """
-    ratios = {arm.name: _compute_ratio(cell, arm) for arm in cell.arms}
-    return [_row(arm, ratios[arm.name]) for arm in cell.arms if _results(arm)]
+    return [_row(arm, cell.compute_ratio(arm.name)) for arm in cell.arms if _results(arm)]
 
 
 def _results(arm: ArmScores) -> list[ArmResult]:
     return [each.result for each in arm.seeds if each.result is not None]
 
 
-def _row(arm: ArmScores, ratio: float | None) -> list[str]:
+def _row(arm: ArmScores, ratio: float) -> list[str]:
     results = _results(arm)
     return [
         arm.name,
@@ -86,7 +85,7 @@ def _row(arm: ArmScores, ratio: float | None) -> list[str]:
         f"{statistics.fmean(each.updates for each in results):,.0f}",
         f"{statistics.fmean(each.mean_repeats for each in results):.2f}",
         f"{statistics.fmean(each.flops for each in results) / 1e9:,.0f}",
-        "-" if ratio is None else f"{ratio:.2f}",
+        number(ratio, 2),
         f"{statistics.fmean(each.train_seconds for each in results):,.1f}",
     ]
 
@@ -95,45 +94,9 @@ def _perplexity(values: Sequence[float]) -> str:
     return spread(values) if all(map(math.isfinite, values)) else "not finite"
 
 
-def _compute_ratio(cell: CellScores, arm: ArmScores) -> float | None:
-    """Mean over seeds of FLOPs over those of the baseline with the same seed.
-
-    None where one of them has none.
-    """
-    baseline = cell.arm(REFERENCE)
-    spent = {each.seed: each.flops for each in _results(baseline)} if baseline is not None else {}
-    results = _results(arm)
-    ratios = [each.flops / spent[each.seed] for each in results if spent.get(each.seed)]
-    return statistics.fmean(ratios) if ratios and len(ratios) == len(results) else None
-
-
 def scored_words(cell: CellScores) -> str:
     """How much text the table rests on; empty where it is not known."""
     return "; ".join(f"of {split} {text}" for split, text in cell.scored.items())
-
-
-def cautions(cell: CellScores) -> list[str]:
-    """Splits of which few documents are scored."""
-    return [f"Caution: {said}." for split, text in cell.scored.items() if (said := text.caution(split))]
-
-
-def notices(cell: CellScores) -> list[str]:
-    """What the reader of the table must know: what did not adapt, how few documents, what cost more."""
-    notes = [*[arm.alike for arm in cell.arms if arm.alike], *cautions(cell)]
-    return notes + ([] if (unequal := hint(cell)) is None else [unequal])
-
-
-def hint(cell: CellScores) -> str | None:
-    """What the reader must keep in mind where the arms did not cost the same."""
-    ratios = [ratio for arm in cell.arms if (ratio := _compute_ratio(cell, arm)) is not None]
-    if not ratios or max(ratios) < 1.02:
-        return None
-    said = (
-        "The arms spent different amounts of compute, so a lower perplexity here is no proof that repeating "
-        "pays."
-    )
-    advice = " `--match flops` gives every arm what the baseline costs."
-    return said if cell.unit == "flops" else said + advice
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -155,8 +118,8 @@ def _page(cell: CellScores, results: Sequence[ArmResult]) -> str:
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join([markdown(name), *cells]) + " |" for name, *cells in rows(cell)]
     lines += ["", *_troubles(results)]
-    for note in notices(cell):
-        lines += [note, ""]
+    for caution in cautions(cell):
+        lines += [markdown(caution), ""]
     lines += [
         *_reuse_section(cell, results),
         "## Text",
@@ -245,9 +208,9 @@ def _write_samples(folder: Path, title: str) -> None:
         return  # of an earlier version
     how = "Each text continues the prompt. Greedy takes the likeliest token, sampled draws with a fixed seed."
     lines = [f"# Samples: {markdown(title)}", "", how, ""]
-    for number, prompt in enumerate(samples.prompts[:SHOWN]):
-        lines += [f"## Prompt {number + 1}", "", *code(prompt), ""]
+    for place, prompt in enumerate(samples.prompts[:SHOWN]):
+        lines += [f"## Prompt {place + 1}", "", *code(prompt), ""]
         for decoding in DECODINGS:
             for who, texts in (("base", samples.base), ("trained", samples.trained)):
-                lines += [f"**{who}, {decoding}**", "", *code(texts[decoding][number]), ""]
+                lines += [f"**{who}, {decoding}**", "", *code(texts[decoding][place]), ""]
     write_text(folder / layout.SAMPLES_PAGE, "\n".join(lines))

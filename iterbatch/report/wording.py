@@ -1,6 +1,5 @@
 """Words for numbers, and text made inert."""
 
-import html
 import math
 import re
 import statistics
@@ -58,9 +57,22 @@ def share_words(speed_up: Interval) -> str:
     )
 
 
-def percent(comparison: Comparison) -> str:
-    """What a difference of log perplexity means for perplexity."""
-    return f"{(math.exp(comparison.estimate) - 1) * 100:+.1f}%"
+def percent_words(estimate: float) -> tuple[str, str]:
+    """What a difference of log perplexity means for perplexity: how many per cent, and lower or higher."""
+    change = math.expm1(estimate) * 100
+    return f"{abs(change):.1f}%", "lower" if change < 0 else "higher"
+
+
+def p_words(p: float, before: str = "") -> str:
+    """A p-value, never rounded to zero; a dash where there is none.
+
+    Args:
+        p: From 0 to 1.
+        before: What comes before a number that needs no "<".
+    """
+    if math.isnan(p):
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{before}{p:.3f}"
 
 
 def code(text: str) -> list[str]:
@@ -68,9 +80,24 @@ def code(text: str) -> list[str]:
     return [f"    {line}" for line in plain(text).splitlines() or [""]]
 
 
+# What Markdown would take for more than text: HTML and entities, marks, table cells, addresses, what opens a
+# line. Underscores and signs within words and numbers are left as they are.
+LIVE = re.compile(
+    r"[\\`*|~]|\](?=\s?[(\[:])|(?<!\w)_|_(?!\w)|(?<=\w):(?=//)|(?<=\bwww)\.|"
+    r"^\s*(?:[#>+-](?![\d.])|=+$|\d+(?=[.)]))",
+    flags=re.IGNORECASE,
+)
+
+
 def markdown(text: str) -> str:
     """A name as Markdown that shows it and does nothing else: no HTML, no links, no table cells."""
-    return re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(plain(text).replace("\n", " ")))
+    safe = LIVE.sub(_escaped, plain(text).replace("\n", " "))
+    return re.sub(r"<(?=[a-z/!?])", "&lt;", re.sub(r"&(?=#|\w+;)", "&amp;", safe), flags=re.IGNORECASE)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    found = match[0]
+    return f"{found}\\" if found[-1].isdigit() else f"{found[:-1]}\\{found[-1]}"
 
 
 def cell_text(value: object) -> object:

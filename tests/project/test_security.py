@@ -121,6 +121,7 @@ def test_a_whole_run_unpickles_nothing(tiny_folder, tmp_path):
         ".pdf",
         ".html",
         ".csv",
+        ".tex",
         ".safetensors",
         "",
     }

@@ -1,0 +1,233 @@
+"""What a comparison was made with, as its records say: model, text, budget, adapters, arms, machine."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from iterbatch.records import layout
+from iterbatch.report.comparison import CellScores
+from iterbatch.report.scores import ArmScores
+from iterbatch.strategy import STRATEGIES, own_knobs
+
+ONE = r"s\b"  # what a unit loses where there is one of it
+DIGEST = 16  # hexadecimal digits that are shown of a SHA-256
+UNITS = {"flops": "FLOPs", "tokens": "trained tokens"}
+
+
+@dataclass(frozen=True)
+class ArmSetUp:
+    """One arm before it was trained."""
+
+    arm: str
+    strategy: str
+    rate: str  # peak learning rate
+    knobs: str
+    tried: str  # how the rate was found
+
+
+def setup_of(cell: CellScores) -> dict[str, str]:
+    """What all arms had alike: a term and what it was."""
+    settings, manifest = cell.config, _manifest(cell)
+    parts = {
+        "Model": _model(settings, manifest),
+        "Adapters": _adapters(settings, manifest),
+        "Training text": _text(settings, manifest),
+        "Scored text": "; ".join(f"{split}: {text}" for split, text in cell.scored.items()),
+        "Budget": _budget(settings, manifest),
+        "Batch": _batch(settings, manifest),
+        "Optimizer": _optimizer(settings),
+        "Seeds": " ".join(map(str, manifest.get("seeds") or settings.get("seeds") or ())),
+        "Frozen prefix": _prefix(settings, manifest),
+        "Machine": _machine(manifest),
+        "Versions": _versions(manifest),
+        "Date": str(manifest.get("started", "")),
+    }
+    return {term: value for term, value in parts.items() if value}
+
+
+def arms_setup(cell: CellScores) -> list[ArmSetUp]:
+    """What each arm had of its own."""
+    return [_arm(cell, arm) for arm in cell.arms]
+
+
+def differences(cells: Mapping[str, CellScores]) -> list[tuple[str, list[str]]]:
+    """Which settings of the cells are not alike: name, and the value of each."""
+    names = sorted({name for cell in cells.values() for name in cell.config})
+    rows = [(name, [_value(cell.config.get(name)) for cell in cells.values()]) for name in names]
+    return [
+        (name, values)
+        for name, values in rows
+        if len(set(values)) > 1 and name not in ("save_dir", "strategies")
+    ]
+
+
+def _manifest(cell: CellScores) -> dict[str, Any]:
+    """Empty where there is none, or one that cannot be read: nothing that is scored depends on it."""
+    try:
+        content = json.loads((cell.run_dir / layout.MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _part(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = manifest.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _count(value: Any, unit: str) -> str:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return ""
+    return f"{value:,.0f} {unit if value != 1 else re.sub(ONE, '', unit, count=1)}"
+
+
+def _digest(value: Any, of: str) -> str:
+    return f"SHA-256 of {of} {value[:DIGEST]}" if isinstance(value, str) and value else ""
+
+
+def _value(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else f"{value}"
+
+
+def _model(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    model, plan, origin = (_part(manifest, name) for name in ("model", "plan", "origin"))
+    name = str(model.get("name") or settings.get("model_name") or "")
+    kind = f" ({model['type']})" if "type" in model else ""
+    quantised = f"frozen weights in {settings['load_in']}" if settings.get("load_in") else ""
+    weights = _digest(origin.get("weights"), "its weights")
+    return _joined(
+        f"{name}{kind}",
+        _count(plan.get("parameters"), "parameters"),
+        str(model.get("dtype", "")),
+        quantised,
+        weights,
+    )
+
+
+def _adapters(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    if "lora_rank" not in settings:
+        return ""
+    plan = _part(manifest, "plan")
+    return _joined(
+        f"LoRA of rank {settings['lora_rank']}, alpha {settings.get('lora_alpha')}",
+        f"layers {settings.get('lora_layers')}",
+        _value(settings.get("lora_targets") or ""),
+        _count(plan.get("trainable_parameters"), "trained parameters"),
+    )
+
+
+def _text(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    data, plan = _part(manifest, "data"), _part(manifest, "plan")
+    documents = plan.get("documents") or _part(data, "documents").get("train")
+    loss_on = plan.get("loss_on")
+    asked = (
+        "" if not isinstance(loss_on, dict) or set(loss_on) <= {"all"} else f"loss on {', '.join(loss_on)}"
+    )
+    return _joined(
+        str(data.get("source") or settings.get("dataset") or ""),
+        _count(documents, "documents"),
+        _count(plan.get("tokens"), "tokens"),
+        asked,
+        _digest(_part(_part(manifest, "origin"), "text").get("train") or data.get("sha256"), "the text"),
+        f"licence: {data['licence']}" if data.get("licence") else "",
+    )
+
+
+def _budget(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    unit, plan = str(settings.get("match", "epochs")), _part(manifest, "plan")
+    epochs = _count(settings.get("epochs"), "epochs")
+    if unit == "epochs":
+        return f"{epochs} for every arm; what that costs differs"
+    amount = settings.get("budget")
+    what = f"{amount:,.0f}" if isinstance(amount, int | float) else f"what the baseline needs for {epochs}"
+    flops = plan.get("flops")
+    size = f"{flops / 1e9:,.0f} GFLOPs" if unit == "flops" and isinstance(flops, int | float) else ""
+    return _joined(f"the same {UNITS.get(unit, unit)} for every arm: {what}", size)
+
+
+def _batch(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    plan, size, micro = _part(manifest, "plan"), settings.get("batch_size"), settings.get("grad_accum") or 1
+    if not isinstance(size, int) or not isinstance(micro, int):
+        return ""
+    blocks = f"{size * micro} blocks" + (f" ({micro} micro-batches of {size})" if micro > 1 else "")
+    length = _count(plan.get("max_length") or settings.get("max_length"), "tokens each")
+    return _joined(
+        blocks + (f" of {length}" if length else ""), _count(plan.get("batches"), "batches in the text")
+    )
+
+
+def _optimizer(settings: Mapping[str, Any]) -> str:
+    if "warmup" not in settings:
+        return ""
+    return (
+        f"AdamW, weight decay {settings.get('weight_decay')}, gradient norm at most "
+        f"{settings.get('clip_norm')}; the learning rate rises over {settings['warmup']:.0%} of the budget "
+        "(ten updates at least) and falls along a cosine to 0"
+    )
+
+
+def _prefix(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    price = _part(manifest, "plan").get("price_ratio")
+    words = {
+        "off": "computed in every pass",
+        "batch": "computed once a batch",
+        "epoch": "kept for later epochs and arms",
+    }
+    how = words.get(str(settings.get("reuse")), "")
+    price = f"a repeat costs {price:.2f} of a fresh pass" if isinstance(price, int | float) else ""
+    return _joined(how, price)
+
+
+def _machine(manifest: Mapping[str, Any]) -> str:
+    hardware = _part(manifest, "hardware")
+    gpus = hardware.get("gpus") or []
+    return _joined(
+        str(manifest.get("platform", "")),
+        str(hardware.get("cpu", "")),
+        _count(hardware.get("cores"), "cores"),
+        _count(hardware.get("threads"), "threads a process"),
+        (", ".join(map(str, gpus)) or "no GPU") if hardware else "",
+    )
+
+
+def _versions(manifest: Mapping[str, Any]) -> str:
+    named = [f"{name} {version}" for name, version in _part(manifest, "versions").items()]
+    commit = manifest.get("git_commit")
+    return _joined(
+        *named,
+        f"Python {manifest['python']}" if "python" in manifest else "",
+        f"commit {commit[:DIGEST]}" if isinstance(commit, str) else "",
+    )
+
+
+def _arm(cell: CellScores, arm: ArmScores) -> ArmSetUp:
+    own = {name: value for name, value in cell.own(arm.name).items() if name not in ("strategy", "lr")}
+    known = own_knobs(arm.kind) if arm.kind in STRATEGIES else {}
+    settings = {name: own.get(name, cell.config.get(name)) for name in known} | own
+    placed = settings.get("placement") == "spaced"
+    shown = {
+        name: value
+        for name, value in settings.items()
+        if value is not None and (placed or name not in ("placement", "gap", "buffer"))
+    }
+    rate = f"{arm.rate:.3g}" if math.isfinite(arm.rate) else ""
+    knobs = ", ".join(f"{name} {_value(value)}" for name, value in shown.items())
+    return ArmSetUp(arm.name, arm.kind, rate, knobs, _tried(cell, arm))
+
+
+def _tried(cell: CellScores, arm: ArmScores) -> str:
+    curve = cell.tuning.get(arm.name)
+    if curve is None:
+        return "not tuned"
+    low, high = min(curve.rates), max(curve.rates)
+    seeds = curve.table.shape[1]
+    edge = "; the best lies at the edge" if curve.best is not None and curve.at_edge(curve.best) else ""
+    several = f", {seeds} seeds each" if seeds > 1 else ""
+    return f"{len(curve.rates)} rates from {low:.3g} to {high:.3g}{several}{edge}"
