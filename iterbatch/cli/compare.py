@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from iterbatch.cli.command import Words, check_ranges, exit_code, print_answers, printer
-from iterbatch.cli.progress import plan_table
+from iterbatch.cli.command import Words, check_ranges, exit_code, print_answers
+from iterbatch.cli.progress import StudyProgress, plan_table
 from iterbatch.flags import CompareFlags
 from iterbatch.quiet import quiet_libraries
 from iterbatch.study.pairs import Study
@@ -34,7 +34,10 @@ class Compare(CompareFlags):
 
         run_dir = self.run.save_dir / (self.run.run_name or study.name)
         try:
-            cells = compare(study, run_dir, self.workers, printer(console), overwrite=self.run.overwrite)
+            with StudyProgress(console, quiet=self.run.quiet) as bars:
+                cells = compare(
+                    study, run_dir, self.workers, bars.notify, bars.show, overwrite=self.run.overwrite
+                )
         except KeyboardInterrupt as stopped:
             console.print(Text("Stopped. The same command goes on, each pair from its last checkpoint."))
             return exit_code(stopped)

@@ -20,6 +20,7 @@ from rich.text import Text
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan
 from iterbatch.config import BenchConfig
+from iterbatch.records.course import Course, about
 from iterbatch.records.machine import busy
 from iterbatch.records.record import BatchRecord, EvalRecord
 from iterbatch.records.result import ArmResult
@@ -130,6 +131,62 @@ class RichListener(Listener):
         """Show the first evaluation, the base's."""
         if record.fraction == 0 and self._started == 1:
             self._print(f"validation perplexity before training: {record.ppl:,.3f}")
+
+
+class StudyProgress:
+    """Bars of a study: one for all of it with the time that is left, and one for each pair in training.
+
+    Where nobody watches, a line now and then instead.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False, table_column=_one_line(max_width=36)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[shown]}", markup=False, table_column=_one_line()),
+            console=console,
+            disable=not console.is_terminal or quiet,
+            expand=True,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._said = time.monotonic()
+
+    def __enter__(self) -> "StudyProgress":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def notify(self, message: str) -> None:
+        """Print a line above the bars."""
+        if not self.quiet:
+            self.console.print(Text(plain(message)), soft_wrap=not self.console.is_terminal)
+
+    def show(self, course: Course) -> None:
+        """Move the bars."""
+        left = "" if course.left_s is None else f"{about(course.left_s)} left"
+        spent = course.ended + sum(each.fraction for each in course.running)
+        self._bar("all runs", f"{course.ended}/{course.pairs}  {left}", spent / course.pairs)
+        for each in course.running:
+            loss = "" if each.loss is None else f"loss {each.loss:.3f}"
+            self._bar(each.name, each.doing or loss, each.fraction)
+        running = {"all runs", *(each.name for each in course.running)}
+        for name in [name for name in self._tasks if name not in running]:
+            self.progress.remove_task(self._tasks.pop(name))
+        if not self.console.is_terminal and time.monotonic() - self._said >= EVERY_S:
+            self._said = time.monotonic()
+            pairs = ", ".join(f"{each.name} {each.fraction:.0%}" for each in course.running)
+            time_left = f", {left}" if left else ""
+            self.notify(f"{course.ended} of {course.pairs} runs{time_left}; in training: {pairs}")
+
+    def _bar(self, name: str, shown: str, fraction: float) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self.progress.add_task(plain(name), total=1.0, shown="")
+        self.progress.update(self._tasks[name], completed=min(fraction, 1.0), shown=plain(shown))
 
 
 def _one_line(max_width: int | None = None) -> Column:

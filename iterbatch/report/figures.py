@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from iterbatch.errors import RunError
+from iterbatch.records.record import EvalRecord
 from iterbatch.records.scheduler import read_scheduler
 from iterbatch.records.write import whole_or_not
 from iterbatch.report.comparison import AXES, CellScores
@@ -57,6 +58,33 @@ def draw(cell: CellScores, folder: Path) -> list[Drawing]:
         if paint(axes, cell):
             drawings.append(Drawing(name, title, reading, _keep(figure, folder, name)))
     return drawings
+
+
+def draw_so_far(curves: Sequence[tuple[str, Sequence[EvalRecord]]], folder: Path) -> Drawing | None:
+    """Validation perplexity against FLOPs of runs that may not have ended; None where there is none yet."""
+    from matplotlib.ticker import EngFormatter
+
+    if not curves:
+        return None
+    title = "Validation perplexity so far"
+    figure, axes = _empty_figure(title)
+    names = list(dict.fromkeys(name for name, _ in curves))
+    for name, records in curves:
+        style = _look(names.index(name))
+        if _literal(name) not in axes.get_legend_handles_labels()[1]:
+            style["label"] = _literal(name)
+        points = [each.flops for each in records], [each.ppl for each in records]
+        axes.plot(*points, marker="o", markersize=3, linewidth=1.2, **style)
+    axes.set(xlabel="FLOPs", ylabel="validation perplexity", yscale="log")
+    _plain_ticks(axes)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    _legend(axes)
+    return Drawing(
+        "so_far",
+        title,
+        "A line a run; those in training end where they stand.",
+        _keep(figure, folder, "so_far"),
+    )
 
 
 def draw_pictures(cell: CellScores, files: Mapping[str, Path]) -> None:
@@ -107,13 +135,13 @@ def _keep(figure: Figure, folder: Path, name: str) -> str:
 
 
 def _style(cell: CellScores, arm: str) -> dict[str, Any]:
-    place = [each.name for each in cell.arms].index(arm)
+    return {"label": _literal(arm), **_look([each.name for each in cell.arms].index(arm))}
+
+
+def _look(place: int) -> dict[str, Any]:
+    """Of the line of so manieth place."""
     colour = PALETTE[place % (len(PALETTE) - 1)]  # not black, which a dark page hides
-    return {
-        "label": _literal(arm),
-        "color": colour,
-        "linestyle": STYLES[place // (len(PALETTE) - 1) % len(STYLES)],
-    }
+    return {"color": colour, "linestyle": STYLES[place // (len(PALETTE) - 1) % len(STYLES)]}
 
 
 def _literal(name: str) -> str:

@@ -127,12 +127,33 @@ def write_several(run_dirs: Sequence[Path], folder: Path) -> list[CellScores]:
     return list(named.values())
 
 
-def _write(folder: Path, title: str, cells: Mapping[str, CellScores], banner: str = "") -> None:
+def write_growing(run_dir: Path, cells: Mapping[str, CellScores], now: Any, reload: int) -> None:
+    """Write the report of a study that is still being trained.
+
+    Args:
+        run_dir: Of the study.
+        cells: Those that have a result already, by name.
+        now: What is in training, as :class:`iterbatch.report.growing.Now`.
+        reload: Seconds after which the page asks for itself anew; 0: not at all.
+    """
+    left = open_pairs(run_dir)
+    _write(run_dir, run_dir.resolve().name, cells, unfinished(left) if left else "", now, reload)
+
+
+def _write(
+    folder: Path,
+    title: str,
+    cells: Mapping[str, CellScores],
+    banner: str = "",
+    now: Any = None,
+    reload: int = 0,
+) -> None:
     sections = [_section(name, cell, folder) for name, cell in cells.items()]
     content = {
         "title": title,
         "unfinished": banner,
-        "reload": 0,
+        "now": now,
+        "reload": reload,
         "conclusion": over_all(cells) if len(cells) > 1 else "",
         "sections": sections,
         "map": _map(sections),

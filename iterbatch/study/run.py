@@ -16,6 +16,7 @@ from iterbatch.runtime.processes import from_main, is_main
 from iterbatch.runtime.run_folder import find_folder, hold, locked
 from iterbatch.study.engines.in_process import InProcess
 from iterbatch.study.engines.processes import Processes
+from iterbatch.study.live import Show
 from iterbatch.study.pairs import Cell, Notify, Study, pairs_of, run_pairs
 from iterbatch.study.study_folder import begin, keep, keep_tuning
 
@@ -49,6 +50,7 @@ def compare(
     run_dir: Path,
     workers: int,
     notify: Notify = lambda _: None,
+    show: Show = lambda _: None,
     *,
     overwrite: bool = False,
     keep_arms: bool = False,
@@ -60,6 +62,7 @@ def compare(
         run_dir: Its folder; a study of the same settings that is there already is resumed.
         workers: Processes at a time; the cores are shared out among them.
         notify: Is notified of every pair that ends.
+        show: Is shown where the study stands.
         overwrite: Delete an earlier study of this name.
         keep_arms: Let arms that are there already and not in this study stay; they are not trained.
 
@@ -72,4 +75,4 @@ def compare(
     with locked(run_dir):
         begin(study, run_dir, overwrite=overwrite, keep_arms=keep_arms)
         keep_tuning(run_dir)
-        return run_pairs(pairs_of(study, run_dir), Processes(workers, notify))
+        return run_pairs(pairs_of(study, run_dir), Processes(workers, notify, show))

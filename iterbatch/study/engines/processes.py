@@ -23,6 +23,7 @@ from iterbatch.records.write import write_json
 from iterbatch.runtime.interrupt import Interrupts, Stopped
 from iterbatch.strategy.own import SOURCES
 from iterbatch.study.engines import worker
+from iterbatch.study.live import Live, Show
 from iterbatch.study.pairs import Notify, Pair
 
 WAIT = 0.5  # seconds between two looks at the folder
@@ -38,10 +39,11 @@ class Processes:
     Args:
         workers: Processes at a time.
         notify: Is notified of every pair that ends.
+        show: Is shown where the study stands.
     """
 
-    def __init__(self, workers: int, notify: Notify = lambda _: None) -> None:
-        self.workers, self.notify = workers, notify
+    def __init__(self, workers: int, notify: Notify = lambda _: None, show: Show = lambda _: None) -> None:
+        self.workers, self.notify, self.show = workers, notify, show
 
     def train(self, pairs: Sequence[Pair]) -> None:
         """Train those that have not ended; those that failed before are tried again.
@@ -56,7 +58,7 @@ class Processes:
             if not is_held(pair):
                 worker.claim_file(pair).unlink(missing_ok=True)
         with Interrupts() as interrupts:
-            Watch(pairs, self.workers, interrupts, self.notify).run()
+            Watch(pairs, self.workers, interrupts, self.notify, self.show).run()
 
 
 def end_orphans(pairs: Sequence[Pair], notify: Notify) -> None:
@@ -95,7 +97,15 @@ def is_held(pair: Pair) -> bool:
 class Watch:
     """The workers of one study while they run."""
 
-    def __init__(self, pairs: Sequence[Pair], workers: int, interrupts: Interrupts, notify: Notify) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        workers: int,
+        interrupts: Interrupts,
+        notify: Notify,
+        show: Show = lambda _: None,
+    ) -> None:
+        self.live = Live(pairs, notify, show)
         self.pairs, self.run_dir, self.interrupts, self.notify = pairs, pairs[0].run_dir, interrupts, notify
         self.workers = min(workers, len(pairs))
         self.running: dict[int, subprocess.Popen[bytes]] = {}  # by number
@@ -116,12 +126,17 @@ class Watch:
                     self.stop()
                 time.sleep(WAIT)
                 self._notify_of_ended()
+                claimed = [each for each in self.pairs if not each.ended and worker.claim_file(each).exists()]
+                self.live.update([worker.read_running(each) for each in claimed])
                 for number, process in list(self.running.items()):
                     if process.poll() is not None:
                         del self.running[number]
                         self._ended(number, process)
             # Workers get a terminal's Ctrl-C too, and may all have stopped by themselves.
             self.interrupts.check()
+        except BaseException:
+            self.live.stopped()
+            raise
         finally:
             for process in self.running.values():
                 process.kill()

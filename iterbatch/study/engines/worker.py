@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,13 +21,16 @@ from iterbatch.bench.prepare import prepare
 from iterbatch.errors import UserError
 from iterbatch.quiet import quiet_libraries
 from iterbatch.records import layout
-from iterbatch.records.write import write_json
+from iterbatch.records.course import Running
+from iterbatch.records.record import BatchRecord
+from iterbatch.records.write import finite, write_json
 from iterbatch.runtime.interrupt import Stopped
 from iterbatch.strategy import register
 from iterbatch.study.engines.in_process import train_cell
 from iterbatch.study.pairs import Pair, pairs_of
 from iterbatch.study.study_folder import from_folder
 
+TOLD_EVERY = 2.0  # seconds between two words of how far a pair is
 WAIT = 0.5  # seconds between two looks at the folder
 GRACE = 30.0  # seconds between being asked to stop and being ended
 
@@ -79,6 +82,19 @@ def read_claim(file: Path) -> Claim | None:
         return None
 
 
+def read_running(pair: Pair) -> Running:
+    """How far a pair is that is claimed."""
+    try:
+        content = json.loads(claim_file(pair).read_text(encoding="utf-8"))
+        loss = content.get("loss")
+        loss = float(loss) if isinstance(loss, int | float) else None
+        return Running(
+            pair.name, pair.folder, float(content.get("fraction", 0.0)), loss, str(content.get("doing", ""))
+        )
+    except (OSError, ValueError, TypeError, AttributeError):
+        return Running(pair.name, pair.folder)
+
+
 def end_with_parent() -> None:
     """Stop when the process that started this one is gone, however it went: then nobody records what is done.
 
@@ -105,8 +121,39 @@ def work(run_dir: Path) -> None:
             continue
         with contextlib.closing(claim_in_turn(mine)) as claims:
             folder, config = run_dir / cell.name, cell.config
-            for _ in train_cell(folder, claims, lambda config=config: prepare(config), Listener(), _fail):
+            teller = Teller({pair.name: pair for pair in mine}, cell.name)
+            for _ in train_cell(folder, claims, lambda config=config: prepare(config), teller, _fail):
                 pass
+
+
+class Teller(Listener):
+    """Says in the claim how far its pair is, now and then."""
+
+    def __init__(self, pairs: Mapping[str, Pair], cell: str) -> None:
+        self._pairs, self._cell, self._told = pairs, cell, 0.0
+        self._claim, self._pair = Claim.of(os.getpid()), next(iter(pairs.values()))
+
+    def arm_started(self, strategy: str, seed: int) -> None:
+        """Another pair."""
+        self._pair = next(
+            each for each in self._pairs.values() if (each.arm.name, each.seed) == (strategy, seed)
+        )
+        self._tell()
+
+    def batch_done(self, record: BatchRecord, fraction: float) -> None:
+        """Say so where the last word is some seconds old."""
+        if time.monotonic() - self._told >= TOLD_EVERY:
+            self._tell(fraction, record.initial_loss)
+
+    def doing(self, what: str) -> None:
+        """Say it at once: it may take long."""
+        known = read_running(self._pair)
+        self._tell(known.fraction, known.loss, what)
+
+    def _tell(self, fraction: float = 0.0, loss: float | None = None, doing: str = "") -> None:
+        self._told = time.monotonic()
+        told = {"fraction": fraction, "loss": finite(loss), "doing": doing}
+        write_json(claim_file(self._pair), asdict(self._claim) | told)
 
 
 def _fail(pair: Pair, problem: Exception) -> None:

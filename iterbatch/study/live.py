@@ -1,0 +1,57 @@
+"""A study while it is trained: where it stands, when it will end, and its report so far."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+
+from iterbatch.records import layout
+from iterbatch.records.course import Course, Pace, Running
+from iterbatch.report import growing
+from iterbatch.study.pairs import Notify, Pair
+
+EVERY_S = 120.0  # seconds between two reports of a study that is being trained
+REST = 40.0  # times as long as a report took to write, at least, until the next one
+
+Show = Callable[[Course], None]
+
+
+class Live:
+    """Shows where the pairs of a study stand, and writes its report now and then.
+
+    Args:
+        pairs: Of the study.
+        notify: Is notified where a report cannot be written; training goes on.
+        show: Is shown where the study stands, whenever that is known anew.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], notify: Notify, show: Show = lambda _: None) -> None:
+        self.pairs, self.run_dir, self._notify, self._show = pairs, pairs[0].run_dir, notify, show
+        self._shares = {pair.name: pair.arm.config.training.budget_share for pair in pairs}
+        self._pace = Pace(list(self._shares.values()))
+        self._course = Course(len(pairs), 0, (), None)
+        self._due = time.monotonic() + EVERY_S / 8  # the first one soon
+
+    def update(self, running: Sequence[Running]) -> None:
+        """Take note of what is being trained; report where that is due."""
+        ended = [pair.name for pair in self.pairs if pair.ended]
+        spent = sum(self._shares[name] for name in ended)
+        spent += sum(each.fraction * self._shares.get(each.name, 1.0) for each in running)
+        self._course = Course(len(self.pairs), len(ended), tuple(running), self._pace.left(spent))
+        self._show(self._course)
+        if time.monotonic() >= self._due:
+            self._report(reload=True)
+
+    def stopped(self) -> None:
+        """The study has been stopped before its end: a last page, which waits for nothing."""
+        if (self.run_dir / layout.REPORT).exists():
+            self._report(reload=False)
+
+    def _report(self, *, reload: bool) -> None:
+        begun = time.monotonic()
+        try:
+            growing.write(self.run_dir, self._course, reload=reload)
+        except Exception as problem:  # whatever it is: a page is no reason to end training
+            with contextlib.suppress(Exception):
+                self._notify(f"the report so far could not be written ({problem}); training goes on")
+        took = time.monotonic() - begun
+        self._due = time.monotonic() + max(EVERY_S, REST * took)
