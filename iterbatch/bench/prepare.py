@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,6 +169,7 @@ class Plan:
     parameters: int
     memory_mb: float
     price_ratio: float
+    seconds: float = math.nan  # of training an arm on this machine, estimated where that was asked for
 
 
 def make_plan(prepared: Prepared, model: PeftModel, processes: int = 1, stored_blocks: int = 0) -> Plan:

@@ -104,7 +104,7 @@ def measure(
         ):  # cheapest first: memory that a process has freed still counts as its own
             adapted = attach_adapter(model, base.dtype, config.model, adapted_layers(spec, base.layers))
             reset_peak_memory()
-            probe = _Probe(adapted, accelerator, config)
+            probe = Probe(adapted, accelerator, config)
             times[spec].append(probe.round())
             figures = {
                 "price_ratio_flops": probe.price_ratio_flops,
@@ -135,7 +135,7 @@ def _placement(spec: str, rounds: list[tuple[float, ...]], facts: dict[str, Any]
     )
 
 
-class _Probe:
+class Probe:
     """The passes of one placement: one round of each after a warm-up."""
 
     def __init__(self, model: PeftModel, accelerator: Accelerator, config: BenchConfig) -> None:
@@ -152,7 +152,8 @@ class _Probe:
         self.batches = _random_batches(config, model.config.vocab_size)
         self.step = TrainingStep(passes, account, StepSettings(config.lr), source, self.batches.batch)
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.price_ratio_flops = prices.price_ratio(next(self.batches).shapes)
+        shapes = next(self.batches).shapes
+        self.price_ratio_flops, self.fresh_flops = prices.price_ratio(shapes), prices.fresh(shapes)
 
     def round(self) -> tuple[float, float, float, float]:
         """Seconds of a fresh pass, a repeat, the prefix and an evaluation."""

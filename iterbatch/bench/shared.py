@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iterbatch.bench.base_losses import BaseLosses
+from iterbatch.bench.estimate import with_seconds
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan, Prepared, make_plan
 from iterbatch.data.data_loader import order_digest
@@ -192,6 +193,8 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
                 content = {**_manifest(prepared, plan), "compile_seconds": cold_start}
                 write_places(run_dir, config.flat())
                 write_json(run_dir / layout.MANIFEST, content)
+            if listener.estimates:
+                plan = with_seconds(plan, prepared.base, config, accelerator.num_processes)
             listener.planned(plan, run_dir)
             yield Shared(prepared, plan, model, placed, reuse, accelerator, interrupts, run_dir, compiled_for)
     except (MemoryError, RuntimeError) as problem:

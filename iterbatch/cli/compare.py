@@ -46,10 +46,15 @@ class Compare(CompareFlags):
 
 
 def _print_plans(study: Study, console: Console) -> None:
+    from iterbatch.bench.estimate import with_seconds
     from iterbatch.bench.prepare import plan
 
     for cell in study.cells:
-        _, planned = plan(cell.config)
-        size = f"{len(cell.arms)} arms x {len(cell.config.training.seeds)} seeds"
-        console.print(Text(f"{cell.name or study.name}: {size}"))
-        console.print(plan_table(planned, cell.config))
+        prepared, planned = plan(cell.config)
+        console.print(Text(cell.name or study.name, style="bold"))
+        shares = [arm.config.training.budget_share for arm in cell.arms]
+        console.print(
+            plan_table(
+                with_seconds(planned, prepared.base, cell.config), cell.config, sum(shares), len(shares)
+            )
+        )

@@ -36,6 +36,8 @@ class RichListener(Listener):
     Where nobody watches, as in a file, a line now and then instead.
     """
 
+    estimates = True
+
     def __init__(self, console: Console, config: BenchConfig) -> None:
         self.console, self.config = console, config
         self.arms = len(config.strategy.strategies) * len(config.training.seeds)
@@ -79,7 +81,8 @@ class RichListener(Listener):
             f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trainable_parameters / 1e6:,.2f} M of "
             f"them trained; {plan.blocks:,} blocks of {plan.max_length} tokens, "
             f"loss on {_loss_on(plan)}; "
-            f"{plan.batches:,} batches an arm, {self.arms} arm(s); {at_work()}; to {run_dir}"
+            f"{plan.batches:,} batches an arm, {self.arms} arm(s){_lasting(plan, self.config, self.arms)}; "
+            f"{at_work()}; to {run_dir}"
         )
         if (crowd := busy()) is not None:
             self.note(crowd)
@@ -200,7 +203,8 @@ def at_work() -> str:
     from iterbatch.runtime.processes import count
 
     processes, threads = count(), torch.get_num_threads()
-    return f"{processes} process(es), {threads} thread(s) each"
+    several = "es" if processes > 1 else ""
+    return f"{processes} process{several} of {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _loss_on(plan: Plan) -> str:
@@ -215,8 +219,26 @@ def _scored(plan: Plan, split: str) -> str:
     return f"{plan.scored[split]}, {silent:,} more without loss" if silent > 0 else f"{plan.scored[split]}"
 
 
-def plan_table(plan: Plan, config: BenchConfig) -> Table:
-    """What ``--dry_run`` prints."""
+def _lasting(plan: Plan, config: BenchConfig, shares: float) -> str:
+    """How long training will take; empty where that is not known."""
+    if not math.isfinite(plan.seconds):
+        return ""
+    least = "at least " if config.training.match == "epochs" else ""
+    whole = plan.seconds * shares * config.training.budget_share
+    return f", {least}about {about(whole)} of training"
+
+
+def plan_table(plan: Plan, config: BenchConfig, shares: float = 0.0, arms: int = 0) -> Table:
+    """What ``--dry_run`` prints.
+
+    Args:
+        plan: Of one baseline arm.
+        config: Of the run, or of the study's cell.
+        shares: Budgets of all arms together, in the cell's; default: one for each strategy.
+        arms: How many there are; default: one for each strategy.
+    """
+    strategies, seeds = len(config.strategy.strategies), len(config.training.seeds)
+    lasting = _lasting(plan, config, (shares or strategies) * seeds).removeprefix(", ")
     table = Table(title="Plan (one baseline arm; repeats come on top)", show_header=False)
     rows = {
         "parameters": f"{plan.parameters:,} ({plan.trainable_parameters:,} trained)",
@@ -230,7 +252,8 @@ def plan_table(plan: Plan, config: BenchConfig) -> Table:
         "peak memory, estimated": f"{plan.memory_mb:,.0f} MB",
         **{f"scored of {split}": _scored(plan, split) for split in plan.scored},
         "processes": at_work(),
-        "arms": f"{len(config.strategy.strategies)} strategies x {len(config.training.seeds)} seeds",
+        "arms": f"{arms or strategies} arms x {seeds} seeds",
+        "time, estimated": f"{about(plan.seconds)} an arm; {lasting}" if lasting else "not known",
     }
     for name, value in rows.items():
         table.add_row(name, value)

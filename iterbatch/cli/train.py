@@ -39,9 +39,11 @@ class Train(TrainFlags):
 
 
 def _plan(config: BenchConfig, console: Console) -> int:
+    from iterbatch.bench.estimate import with_seconds
     from iterbatch.bench.prepare import plan
 
     prepared, planned = plan(config)
+    planned = with_seconds(planned, prepared.base, config)
     console.print(Text(dump_yaml(config.flat())))
     for note in prepared.notes:
         console.print(Text(f"note: {plain(note)}"))

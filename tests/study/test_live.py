@@ -30,7 +30,9 @@ class Pages(Notes):
     def look(self):
         page = self.run_dir / "report.html"
         if page.exists():
-            self.pages.append((page.read_text(encoding="utf-8"), (self.run_dir / "report.md").read_text("utf-8")))
+            self.pages.append(
+                (page.read_text(encoding="utf-8"), (self.run_dir / "report.md").read_text("utf-8"))
+            )
 
 
 @pytest.fixture
