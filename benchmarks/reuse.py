@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from throughput import trainer
 
-import iterbatch
 from iterbatch.bench.prepare import Prepared, make_stream, prepare
 from iterbatch.checks import make_config
 from iterbatch.config import BenchConfig
@@ -46,6 +45,7 @@ from iterbatch.reuse.prefetch import Prefetch
 from iterbatch.reuse.run_stores import open_reuse
 from iterbatch.runtime.processes import make_accelerator
 from iterbatch.strategy.original import BaselineStrategy
+from iterbatch.study.run import run as run_bench
 from iterbatch.training.budget import Allowance, Ledger
 from iterbatch.training.charges import Account
 from iterbatch.training.loop import fit
@@ -205,7 +205,7 @@ def part_shared(data: Path, rounds: int) -> None:
                         log_with=["none"],
                     )
                     start = time.perf_counter()
-                    rows = json.loads((iterbatch.run(config) / "summary.json").read_text(encoding="utf-8"))
+                    rows = json.loads((run_bench(config) / "summary.json").read_text(encoding="utf-8"))
                 whole[reuse].append(time.perf_counter() - start)
                 training[reuse].append(
                     sum(row["train_seconds"] - row["seconds_charged"] for row in rows)

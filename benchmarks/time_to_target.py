@@ -22,10 +22,10 @@ from pathlib import Path
 
 from scipy import stats as student
 
-import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.records.record import EvalRecord, read_records
 from iterbatch.records.write import write_text
+from iterbatch.study.run import run as run_bench
 
 RECORDS = Path(__file__).parent / "time_to_target.json"
 EPOCHS = {"all": 3, "top:6": 4, "top:4": 5, "top:2": 8}  # about the same seconds, the prefix reused
@@ -53,7 +53,7 @@ def run(data: Path, layers: str, rank: int, lr: float, seed: int) -> Curve:
         overwrite=True,
         log_with=["none"],
     )
-    records = read_records(iterbatch.run(config) / "baseline" / f"seed{seed}" / "evals.jsonl", EvalRecord)
+    records = read_records(run_bench(config) / "baseline" / f"seed{seed}" / "evals.jsonl", EvalRecord)
     return [
         [round(record.train_seconds, 2), round(record.nats / record.tokens, 5)]
         for record in records

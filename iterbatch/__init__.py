@@ -8,16 +8,30 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
-__all__ = ["STRATEGIES", "BaseTrainingStrategy", "UserError", "make_config", "run"]
+__all__ = [
+    "STRATEGIES",
+    "BaseTrainingStrategy",
+    "Listener",
+    "Outcome",
+    "UserError",
+    "compare",
+    "make_config",
+    "run",
+]
 
 if TYPE_CHECKING:
+    from iterbatch.api import compare, run
+    from iterbatch.bench.listener import Listener
     from iterbatch.checks import make_config
     from iterbatch.errors import UserError
     from iterbatch.strategy import STRATEGIES, BaseTrainingStrategy
-    from iterbatch.study.run import run
+    from iterbatch.study.outcome import Outcome
 
 _HOMES = {
-    "run": "iterbatch.study.run",
+    "run": "iterbatch.api",
+    "compare": "iterbatch.api",
+    "Outcome": "iterbatch.study.outcome",
+    "Listener": "iterbatch.bench.listener",
     "make_config": "iterbatch.checks",
     "UserError": "iterbatch.errors",
     "STRATEGIES": "iterbatch.strategy",

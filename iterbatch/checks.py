@@ -4,11 +4,16 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+from typing_extensions import Unpack
 
 from iterbatch.config import INITS, BenchConfig, Every, StrategyConfig, range_problems
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.records.scheduler import read_schedulers
+from iterbatch.settings import Settings
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, register, source_of
 from iterbatch.strategy.base import AT_ONCE, OTHER_PASSES, PROBE_TEXT
 from iterbatch.strategy.own import BROKEN, is_named
@@ -27,6 +32,37 @@ def settings() -> dict[str, str]:
     return found | dict.fromkeys(knobs(), "strategy")
 
 
+def types() -> dict[str, Any]:
+    """Every setting's type, by its name."""
+    found = {name: hint for kind in GROUPS.values() for name, hint in get_type_hints(kind).items()}
+    return found | {
+        name: knob.kind if knob.default is not None else knob.kind | None for name, knob in knobs().items()
+    }
+
+
+def type_problems(name: str, value: Any, kind: Any) -> list[str]:
+    """What is wrong with the type of a value: nothing, or a line that says what was given and is allowed."""
+    try:
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise TypeCheckError("a bool is no number")
+        check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return [f"'{name}' is {value!r}, a {type(value).__name__}; it must be {_kind_words(kind)}"]
+    return []
+
+
+def _kind_words(kind: Any) -> str:
+    """A type as one says it."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list, each {_kind_words(get_args(kind)[0])}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_kind_words, get_args(kind)))
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", Path: "a path"}
+    return words.get(kind, "None")
+
+
 def strategy_config(values: Mapping[str, Any]) -> StrategyConfig:
     """The strategy group from flags; knobs that are not named have their defaults."""
     own = {name: value for name, value in values.items() if name in ("strategies", "source")}
@@ -34,21 +70,32 @@ def strategy_config(values: Mapping[str, Any]) -> StrategyConfig:
     return StrategyConfig(**own, knobs=given)
 
 
-def make_config(**values: Any) -> BenchConfig:
+def make_config(**values: Unpack[Settings]) -> BenchConfig:
     """Build and check a configuration from flag names, for use from Python.
 
     Raises:
-        ConfigError: for an unknown knob or a value out of range.
+        ConfigError: for an unknown knob, and a value of another type or out of range.
     """
-    if "strategies" in values:  # those of one's own bring knobs
-        values["strategies"] = [_registered(each) for each in values["strategies"]]
-    known = settings()
+    return config_of(values)
+
+
+def config_of(values: Mapping[str, Any]) -> BenchConfig:
+    """As :func:`make_config`, of settings that were read."""
+    given = dict(values)
+    if isinstance(given.get("strategies"), list | tuple):  # those of one's own bring knobs
+        given["strategies"] = [_registered(each) for each in given["strategies"]]
+    known, kinds = settings(), types()
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
-    for name, value in values.items():
+    problems = []
+    for name, value in given.items():
         if name not in known:
             raise ConfigError(f"unknown setting '{name}'{did_you_mean(name, known)}")
         value = tuple(value) if isinstance(value, list) else value
-        groups[known[name]][name] = Path(value) if name in PATHS and isinstance(value, str) else value
+        value = Path(value) if name in PATHS and isinstance(value, str) else value
+        problems += type_problems(name, value, kinds[name])
+        groups[known[name]][name] = value
+    if problems:
+        raise ConfigError("\n".join(problems))
     strategy = strategy_config(groups.pop("strategy"))
     config = BenchConfig(
         strategy=strategy, **{group: GROUPS[group](**given) for group, given in groups.items()}
@@ -67,7 +114,7 @@ def config_of_run(values: Mapping[str, Any], **more: Any) -> BenchConfig:
     if isinstance(named, list) and any(str(each) not in STRATEGIES for each in named):
         values = {name: value for name, value in values.items() if name in settings()}
         values["strategies"] = [each for each in named if str(each) in STRATEGIES] or [REFERENCE]
-    return make_config(**values, **more)
+    return config_of({**values, **more})
 
 
 def _registered(strategy: Any) -> str:

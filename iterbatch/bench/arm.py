@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from iterbatch.checks import make_config
+from iterbatch.checks import config_of
 from iterbatch.config import BenchConfig
 from iterbatch.errors import ConfigError
 from iterbatch.strategy import REFERENCE, STRATEGIES, needs_source, source_of
@@ -61,5 +61,5 @@ def make_arm(name: str, own: Mapping[str, Any], config: BenchConfig) -> Arm:
         config: Of its cell.
     """
     settings = {key: value for key, value in own.items() if key != "strategy"}
-    mine = make_config(**{**config.flat(), "strategies": [REFERENCE], **settings})
+    mine = config_of({**config.flat(), "strategies": [REFERENCE], **settings})
     return Arm(name, own.get("strategy", name), mine, own)

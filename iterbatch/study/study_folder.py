@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from iterbatch.bench.arm import make_arm
-from iterbatch.checks import make_config
+from iterbatch.checks import config_of
 from iterbatch.errors import ConfigError, RunError
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records import layout
@@ -35,7 +35,7 @@ def from_folder(run_dir: Path) -> Study:
     try:
         cells = []
         for name, kept in content["cells"].items():
-            config = make_config(**kept["config"])
+            config = config_of(kept["config"])
             arms = tuple(make_arm(arm, own, config) for arm, own in kept["arms"].items())
             cells.append(Cell(name, config, arms))
         return Study(content["name"], tuple(cells))

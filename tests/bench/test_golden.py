@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.records.record import BatchRecord, read_records
 from iterbatch.strategy import STRATEGIES
+from iterbatch.study.run import run as run_bench
 
 GOLDEN = Path(__file__).parent / "golden_batches.jsonl"
 CLOSE = {"initial_loss", "losses", "gradient_norm", "learning_rate"}  # to rounding; all else is equal
@@ -39,7 +39,7 @@ def trained(tmp_path_factory, tiny_folder):
         save_dir=tmp_path_factory.mktemp("golden"),
         run_name="run",
     )
-    return iterbatch.run(config)
+    return run_bench(config)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-import iterbatch
 from iterbatch.bench.arm import arms_of
 from iterbatch.checks import make_config
 from iterbatch.cli.main import main
@@ -13,6 +12,7 @@ from iterbatch.errors import RunError
 from iterbatch.records.origin import Origin, check_origin, read_origin
 from iterbatch.study.pairs import Cell, Study
 from iterbatch.study.run import compare
+from iterbatch.study.run import run as run_bench
 
 ROWS = [
     {"text": f"Document {number} speaks of trains, tea and maps, in its own words."} for number in range(60)
@@ -33,7 +33,7 @@ def ran(tiny, tmp_path, monkeypatch):
     shutil.copytree(tiny["model_name"], home / "model")
     flags = {**tiny, "model_name": "model", "data_dir": "rows.jsonl", "prompts": 2}
     config = make_config(**flags, strategies=["baseline"], save_dir="results", run_name="run")
-    return home / iterbatch.run(config)
+    return home / run_bench(config)
 
 
 def test_the_manifest_names_no_place_of_this_machine(ran):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.runs import flag_words
 
-import iterbatch
 from iterbatch.bench.listener import Listener
 from iterbatch.checks import make_config
 from iterbatch.cli.main import main
@@ -20,6 +19,7 @@ from iterbatch.model.cut import CutModel
 from iterbatch.records.read import read_config
 from iterbatch.records.record import BatchRecord, EvalRecord, read_records
 from iterbatch.runtime.processes import make_accelerator
+from iterbatch.study.run import run as run_bench
 
 SUMMARY = {
     "strategy",
@@ -69,7 +69,7 @@ def test_every_strategy_on_real_text_leaves_everything(real_text, tmp_path, sour
         dtype="float32",
         evals=2,
     )
-    run_dir = iterbatch.run(config)
+    run_dir = run_bench(config)
     assert run_dir == tmp_path / "run"
     expected = [
         "config.yaml",
@@ -177,7 +177,7 @@ def test_arms_of_a_seed_are_paired_and_a_seed_repeats_itself(tiny, tmp_path):
             run_name=name,
             **flags,
         )
-        folder = iterbatch.run(config)
+        folder = run_bench(config)
         return [
             [*read_records(folder / arm / "seed7" / "batches.jsonl", BatchRecord)]
             for arm in ("baseline", "learnable")
@@ -199,7 +199,7 @@ def test_saved_adapter_reproduces_the_reported_perplexity(tiny, tmp_path, dtype)
 
     flags = tiny | {"dtype": dtype}
     config = make_config(**flags, strategies=["abr"], save_dir=tmp_path, run_name="run")
-    run_dir = iterbatch.run(config)
+    run_dir = run_bench(config)
     reported = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))[0]["val_ppl"]
     base = AutoModelForCausalLM.from_pretrained(tiny["model_name"], dtype=getattr(torch, dtype))
     model = PeftModel.from_pretrained(base, str(run_dir / "abr" / "seed0" / "adapter")).eval()
@@ -224,7 +224,7 @@ def test_flops_match_gives_every_arm_the_baselines_compute(tiny, tmp_path):
     )
     rows = {
         row["strategy"]: row
-        for row in json.loads((iterbatch.run(config) / "summary.json").read_text(encoding="utf-8"))
+        for row in json.loads((run_bench(config) / "summary.json").read_text(encoding="utf-8"))
     }
     assert rows["abr"]["mean_repeats"] > 1.5
     assert rows["abr"]["flops"] == pytest.approx(rows["baseline"]["flops"], rel=0.15)
@@ -279,7 +279,7 @@ def test_interruption_keeps_records_and_resume_goes_on(tiny, tmp_path, monkeypat
 
 
 def test_saved_configuration_runs_again(tiny, tmp_path, capsys):
-    first = iterbatch.run(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="one"))
+    first = run_bench(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="one"))
     assert main(["train", "--config", str(first / "config.yaml"), "--run_name", "two"]) == 0
     one, two = (read_config(tmp_path / name) for name in ("one", "two"))
     assert one == two
@@ -295,14 +295,14 @@ def test_folders_that_are_in_the_way(tiny, tmp_path):
         ({"run_name": "new", "resume": LAST}, "no run to resume"),
     ):
         with pytest.raises(RunError, match=message):
-            iterbatch.run(make_config(**tiny, save_dir=tmp_path, **flags))
+            run_bench(make_config(**tiny, save_dir=tmp_path, **flags))
     with pytest.raises(RunError, match="cannot be written"):
-        iterbatch.run(make_config(**tiny, save_dir=tmp_path / "mine" / "thesis.txt"))
+        run_bench(make_config(**tiny, save_dir=tmp_path / "mine" / "thesis.txt"))
     assert (tmp_path / "mine" / "thesis.txt").read_text(encoding="utf-8") == "precious"
 
 
 def test_generate_continues_a_prompt(tiny, tmp_path, capsys):
-    run_dir = iterbatch.run(
+    run_dir = run_bench(
         make_config(**tiny, strategies=["baseline", "abr"], save_dir=tmp_path, run_name="run")
     )
     model, _, name = load_trained(run_dir)
@@ -341,7 +341,7 @@ def test_an_arm_whose_losses_are_not_finite_stops_and_the_others_go_on(tiny, tmp
 
     broken.active = False
     monkeypatch.setattr(CutModel, "forward", broken)
-    run_dir = iterbatch.run(
+    run_dir = run_bench(
         make_config(**tiny, strategies=["baseline", "abr"], batch_size=1, save_dir=tmp_path, run_name="run"),
         Watching(),
     )
@@ -367,7 +367,7 @@ def test_text_from_data_is_inert_in_samples(tiny, tmp_path):
         "".join(json.dumps({"text": nasty * 8 + str(number)}) + "\n" for number in range(20)),
         encoding="utf-8",
     )
-    run_dir = iterbatch.run(
+    run_dir = run_bench(
         make_config(**tiny, strategies=["baseline"], data_dir=data, save_dir=tmp_path, run_name="run")
     )
     page = (run_dir / "baseline" / "seed0" / "samples.md").read_text(encoding="utf-8")
@@ -389,7 +389,7 @@ def test_quantised_bases_train_alike_whatever_came_before_and_is_reused(tmp_path
     }
     results = {}
     for name, reuse, strategies in (("alone", "off", ["abr"]), ("second", "batch", ["baseline", "abr"])):
-        run = iterbatch.run(
+        run = run_bench(
             make_config(**flags, reuse=reuse, strategies=strategies, save_dir=tmp_path, run_name=name)
         )
         results[name] = json.loads((run / "abr/seed0/result.json").read_text(encoding="utf-8"))["val_ppl"]

@@ -8,9 +8,9 @@ from collections import defaultdict
 
 import pytest
 
-import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.records.record import BatchRecord, EvalRecord, read_records
+from iterbatch.study.run import run as run_bench
 
 os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp())  # read when trackio is imported
 
@@ -20,7 +20,7 @@ NAMES = {"initial_loss", "passes", "learning_rate", "gradient_norm", "flops", "t
 
 def _train(tiny, folder, tracker):
     flags = {**tiny, "log_with": [tracker], "prompts": 1, "loss_threshold": 2.0}
-    return iterbatch.run(
+    return run_bench(
         make_config(**flags, strategies=["baseline", "abr"], seeds=[0, 1], save_dir=folder, run_name="mine")
     )
 

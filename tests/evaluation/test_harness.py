@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 
-import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.data.documents import Document
 from iterbatch.data.wikitext import wikitext_articles, wikitext_document
@@ -15,6 +14,7 @@ from iterbatch.evaluation.perplexity import score
 from iterbatch.evaluation.trained import load_trained
 from iterbatch.model.cut import CutModel
 from iterbatch.runtime.processes import make_accelerator
+from iterbatch.study.run import run as run_bench
 
 LENGTH = 64
 
@@ -31,7 +31,7 @@ def trained(tmp_path_factory, tiny_folder, real_text):
         "max_eval_tokens": 200,
     }
     data = {"dataset": "wikitext", "data_dir": real_text / "wikitext-2"}
-    run_dir = iterbatch.run(
+    run_dir = run_bench(
         make_config(
             **flags, **data, lr=0.01, strategies=["abr"], save_dir=folder, run_name="run", log_with=["none"]
         )

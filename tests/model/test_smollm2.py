@@ -10,11 +10,11 @@ import torch
 from support.records import change_result
 from torch.nn import functional
 
-import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.cli.main import main
 from iterbatch.report import page
 from iterbatch.runtime.interrupt import Stopped
+from iterbatch.study.run import run as run_bench
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def flags(smollm2, real_text, tmp_path_factory):
 def test_trained_stopped_resumed_and_continued(flags, monkeypatch, capsys):
     from iterbatch.bench.train_arm import SavePoints
 
-    whole = iterbatch.run(make_config(**flags, run_name="whole"))
+    whole = run_bench(make_config(**flags, run_name="whole"))
     here, seen = SavePoints.here, []
 
     def stopping(points):
@@ -66,7 +66,7 @@ def test_trained_stopped_resumed_and_continued(flags, monkeypatch, capsys):
     monkeypatch.setattr(SavePoints, "here", stopping)
     monkeypatch.setattr("iterbatch.bench.train_arm.Every.due", lambda *_: True)
     with pytest.raises(Stopped):
-        iterbatch.run(make_config(**flags, run_name="cut"))
+        run_bench(make_config(**flags, run_name="cut"))
     monkeypatch.undo()
     cut = flags["save_dir"] / "cut"
     assert main(["train", "--resume", str(cut)]) == 0
@@ -81,7 +81,7 @@ def test_trained_stopped_resumed_and_continued(flags, monkeypatch, capsys):
 
 
 def test_mauve_with_it_as_the_embedding_model(smollm2, tiny, tmp_path):
-    run = iterbatch.run(make_config(**tiny | {"prompts": 20, "save_dir": tmp_path}, strategies=["baseline"]))
+    run = run_bench(make_config(**tiny | {"prompts": 20, "save_dir": tmp_path}, strategies=["baseline"]))
 
     def scored():
         (cell,) = page.write(run, smollm2)

@@ -16,13 +16,13 @@ from support.browser import BROWSER, QUIET
 from support.records import change_result
 from support.runs import flag_words
 
-import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.cli.main import main
 from iterbatch.errors import ConfigError, RunError
 from iterbatch.evaluation.trained import load_trained
 from iterbatch.report.summary import write
 from iterbatch.report.wording import markdown
+from iterbatch.study.run import run as run_bench
 
 SOURCES = sorted(
     file for folder in ("iterbatch", "benchmarks", "campaigns") for file in (ROOT / folder).rglob("*.py")
@@ -197,7 +197,7 @@ def test_only_the_command_line_allows_remote_code(tiny, tmp_path, capsys):
     file.write_text("trust_remote_code: true\n", encoding="utf-8")
     assert main(["train", "--config", str(file), "--dry_run"]) == 2
     assert "said on the command line only" in " ".join(capsys.readouterr().err.split())
-    run_dir = iterbatch.run(
+    run_dir = run_bench(
         make_config(
             **tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run", trust_remote_code=True
         )
@@ -214,8 +214,8 @@ def test_pickled_weights_are_not_read(tiny_folder, tiny, tmp_path):
     shutil.copytree(tiny_folder, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"Pickled ones .* are not read"):
-        iterbatch.run(make_config(**tiny | {"model_name": str(folder)}, save_dir=tmp_path))
-    run_dir = iterbatch.run(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
+        run_bench(make_config(**tiny | {"model_name": str(folder)}, save_dir=tmp_path))
+    run_dir = run_bench(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
     adapter = run_dir / "baseline/seed0/adapter"
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(RunError, match=r"holds no adapter_model\.safetensors"):
@@ -226,7 +226,7 @@ def test_pickled_weights_are_not_read(tiny_folder, tiny, tmp_path):
 
 
 def test_what_a_result_says_leads_nowhere(tiny, tmp_path):
-    run_dir = iterbatch.run(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
+    run_dir = run_bench(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
     file = run_dir / "baseline/seed0/result.json"
     change_result(file.parent, strategy="../../elsewhere", seed="0/../../x")
     assert load_trained(run_dir)[2] == "baseline/seed0"
@@ -240,7 +240,7 @@ def test_a_link_in_place_of_a_run_is_left_alone(tiny, tmp_path):
     (precious / "config.yaml").write_text("thesis", encoding="utf-8")
     (tmp_path / "run").symlink_to(precious)
     with pytest.raises(RunError, match="is not a folder"):
-        iterbatch.run(make_config(**tiny, save_dir=tmp_path, run_name="run", overwrite=True))
+        run_bench(make_config(**tiny, save_dir=tmp_path, run_name="run", overwrite=True))
     assert (precious / "config.yaml").read_text(encoding="utf-8") == "thesis"
 
 
@@ -255,7 +255,7 @@ def _outside(run_dir, outside):
 
 
 def test_nothing_is_written_or_deleted_through_a_link(tiny, tmp_path, capsys):
-    run_dir = iterbatch.run(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
+    run_dir = run_bench(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
     before = _outside(run_dir, tmp_path / "thesis")
     flags = flag_words(tiny | {"save_dir": tmp_path, "run_name": "run", "strategies": "baseline"})
     study = ["--save_dir", str(tmp_path), "--run_name", "run"]
@@ -279,7 +279,7 @@ def test_nothing_is_written_or_deleted_through_a_link(tiny, tmp_path, capsys):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_among_the_records_keeps_nobody_waiting(tiny, tmp_path, capsys):
-    run_dir = iterbatch.run(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
+    run_dir = run_bench(make_config(**tiny, strategies=["baseline"], save_dir=tmp_path, run_name="run"))
     os.mkfifo(run_dir / "baseline/seed0/notes.json")
     assert main(["report", str(run_dir)]) == 2
     assert "notes.json is neither a file nor a folder" in " ".join(capsys.readouterr().err.split())
@@ -375,7 +375,7 @@ def nasty_run(tmp_path_factory, tiny_folder):
         "max_eval_tokens": 400,
         "epochs": 1,
     }
-    run_dir = iterbatch.run(
+    run_dir = run_bench(
         make_config(**flags, data_dir=data, strategies=["baseline"], save_dir=folder, run_name="run")
     )
     renamed = folder / NASTY.replace("/", "")[:120]

@@ -10,7 +10,7 @@ RECORDS = BASE | {"records"}
 DATA = RECORDS | {"data"}
 STRATEGY = RECORDS | {"strategy"}
 REUSE = DATA | {"model", "runtime"}
-DOORS = RECORDS | STRATEGY | {"checks", "flags", "runtime", "quiet"}
+DOORS = RECORDS | STRATEGY | {"checks", "flags", "runtime", "quiet", "settings"}
 MAY_IMPORT = {
     "errors": set(),
     "plain_yaml": set(),
@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "data": RECORDS,
     "model": DATA,
     "strategy": RECORDS,
-    "checks": STRATEGY,
+    "settings": {"strategy"},
+    "checks": STRATEGY | {"settings"},
     "flags": DOORS - {"flags", "quiet"},
     "reuse": REUSE,
     "training": REUSE | STRATEGY | {"reuse"},
@@ -29,6 +30,7 @@ MAY_IMPORT = {
     "bench": REUSE | DOORS | {"reuse", "training", "evaluation"},
     "report": RECORDS | STRATEGY,
     "study": DOORS | {"bench", "report"},
+    "api": DOORS | {"bench", "cli", "study"},
     "cli": DOORS | {"bench", "evaluation", "report", "reuse", "study"},
 }
 FILES = {

@@ -9,10 +9,10 @@ import pytest
 from conftest import tiny_flags
 from support.records import change_result
 
-import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.cli.main import main
 from iterbatch.report.wording import cell_text
+from iterbatch.study.run import run as run_bench
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def ran(tmp_path_factory, tiny_folder):
     """A run of two arms with two seeds."""
     flags = tiny_flags(tiny_folder)
     folder = tmp_path_factory.mktemp("records")
-    return iterbatch.run(
+    return run_bench(
         make_config(**flags, strategies=["baseline", "fixed"], seeds=[0, 1], save_dir=folder, run_name="run")
     )
 

@@ -10,7 +10,6 @@ from support.steps import epochs, make_step
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import iterbatch
 from iterbatch.bench import prepare
 from iterbatch.checks import make_config
 from iterbatch.data.batch import IGNORED, Batch, MicroBatch
@@ -26,6 +25,7 @@ from iterbatch.reuse.prefetch import Prefetch
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.reuse.run_stores import weights_digest
 from iterbatch.reuse.store import DTYPES, ActivationStore, Layout
+from iterbatch.study.run import run as run_bench
 from iterbatch.training.step import Extras
 
 LENGTH, LR = 24, 0.01
@@ -422,7 +422,7 @@ def quick(tiny, tmp_path):
 def test_a_run_is_the_same_with_every_kind_of_reuse_and_cheaper(quick, monkeypatch, tmp_path):
     monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
     runs = {
-        name: iterbatch.run(make_config(**quick, reuse=reuse, reuse_dtype="float32", run_name=name))
+        name: run_bench(make_config(**quick, reuse=reuse, reuse_dtype="float32", run_name=name))
         for name, reuse in (("off", "off"), ("batch", "batch"), ("filling", "epoch"), ("filled", "epoch"))
     }
     rows = {name: _rows(run) for name, run in runs.items()}
@@ -473,7 +473,7 @@ def test_with_matched_flops_the_baseline_does_every_batch_and_nobody_overspends(
             "reuse": "epoch",
             "reuse_limit_gb": limit,
         }
-        run = iterbatch.run(make_config(**flags, run_name=f"run{limit:g}"))
+        run = run_bench(make_config(**flags, run_name=f"run{limit:g}"))
         baseline, abr = _rows(run)["baseline", 0], _rows(run)["abr", 0]
         planned = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["plan"]["flops"]
         assert baseline["batches"] == 3 * 4
@@ -484,7 +484,7 @@ def test_with_matched_flops_the_baseline_does_every_batch_and_nobody_overspends(
 
 def test_lora_on_the_lowest_layer_is_told_that_there_is_nothing_to_reuse(quick):
     listener = Notes()
-    run = iterbatch.run(
+    run = run_bench(
         make_config(**quick | {"lora_layers": "all", "reuse": "epoch", "run_name": "all"}), listener
     )
     assert sum("no frozen prefix to reuse" in note for note in listener.notes) == 1
@@ -493,21 +493,21 @@ def test_lora_on_the_lowest_layer_is_told_that_there_is_nothing_to_reuse(quick):
 
 def test_a_limit_below_one_block_is_refused_before_anything_is_made(quick, tmp_path):
     with pytest.raises(ConfigError, match="less than one block"):
-        iterbatch.run(make_config(**quick, reuse="epoch", reuse_limit_gb=1e-9, run_name="small"))
+        run_bench(make_config(**quick, reuse="epoch", reuse_limit_gb=1e-9, run_name="small"))
     assert not (tmp_path / "small").exists()
 
 
 def test_a_store_folder_that_cannot_be_made_is_done_without(quick, monkeypatch, tmp_path):
     monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
-    iterbatch.run(
+    run_bench(
         make_config(**quick | {"strategies": ["baseline"], "run_name": "warm"})
     )  # token blocks are in the cache now
     (tmp_path / "cache" / "activations").write_text("in the way", encoding="utf-8")
     listener = Notes()
     epoch = quick | {"reuse": "epoch", "reuse_dtype": "bfloat16"}
-    run = iterbatch.run(make_config(**epoch, run_name="run"), listener)
+    run = run_bench(make_config(**epoch, run_name="run"), listener)
     (tmp_path / "cache" / "activations").unlink()
-    stored = iterbatch.run(make_config(**epoch, run_name="stored"))
+    stored = run_bench(make_config(**epoch, run_name="stored"))
     numbers = [
         [rows["baseline", 0][name] for name in ("test_ppl", "base_val_ppl")]
         for rows in map(_rows, (run, stored))

@@ -9,13 +9,13 @@ import sys
 import pytest
 from conftest import ROOT
 
-import iterbatch
 from campaigns.crashes import content
 from iterbatch.checks import make_config
 from iterbatch.config import LAST
 from iterbatch.errors import RunError
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records.record import BatchRecord, read_records
+from iterbatch.study.run import run as run_bench
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reus
             "save_dir": tmp_path,
         }
     )
-    one = iterbatch.run(make_config(**shared, batch_size=4, run_name="one"))
+    one = run_bench(make_config(**shared, batch_size=4, run_name="one"))
     if reuse.get("reuse"):  # the two processes fill a store of their own
         shutil.rmtree(tmp_path / "cache" / "activations")
     file = tmp_path / "two.yaml"
@@ -125,7 +125,7 @@ def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypat
     stopped = _two(str(script), "--config", str(file), "--run_name", "disturbed")
     assert "train --resume" in " ".join(stopped.stdout.split()), stopped.stderr[-2000:]
     with pytest.raises(RunError, match="made by 2"):
-        iterbatch.run(make_config(**shared, run_name="disturbed", resume=LAST))
+        run_bench(make_config(**shared, run_name="disturbed", resume=LAST))
     done = _two("-m", "iterbatch", "train", "--resume", str(tmp_path / "disturbed"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed after 8 passes" in done.stdout

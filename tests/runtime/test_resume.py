@@ -16,7 +16,6 @@ from conftest import ROOT
 from filelock import FileLock
 from support.runs import Notes, stop_at
 
-import iterbatch
 from campaigns.crashes import content
 from iterbatch.bench.train_arm import ROLLBACKS, SavePoints
 from iterbatch.checks import make_config
@@ -37,6 +36,7 @@ from iterbatch.runtime.checkpoint import (
     write_state,
 )
 from iterbatch.runtime.interrupt import Interrupts, Stopped
+from iterbatch.study.run import run as run_bench
 from iterbatch.training.budget import Ledger
 from iterbatch.training.charges import Account, Charges
 from iterbatch.training.health import PATIENCE, Health
@@ -224,7 +224,7 @@ def quick(tiny, tmp_path, monkeypatch):
         "save_dir": tmp_path,
         "checkpoint_every": "9999u",
     }
-    return lambda name, listener=None, **more: iterbatch.run(
+    return lambda name, listener=None, **more: run_bench(
         make_config(**flags | {"run_name": name} | more), listener
     )
 
@@ -520,7 +520,7 @@ def test_an_exploding_loss_stops_the_arm(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CutModel, "forward", exploding)
     flags = {"strategies": ["baseline"], "batch_size": 1, "epochs": 4, "evals": 1, "max_train_tokens": 1024}
-    run_dir = iterbatch.run(make_config(**tiny | flags | {"save_dir": tmp_path, "run_name": "run"}))
+    run_dir = run_bench(make_config(**tiny | flags | {"save_dir": tmp_path, "run_name": "run"}))
     result = json.loads((run_dir / "baseline/seed0/result.json").read_text(encoding="utf-8"))
     assert "nats above the first ones" in result["stopped"]
     assert result["batches"] == 2 * PATIENCE

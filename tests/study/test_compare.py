@@ -18,7 +18,6 @@ from support.browser import BROWSER, QUIET
 from support.records import change_result, only_seeds
 from support.studies import ARMS, study_file
 
-import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.cli.main import main
 from iterbatch.errors import RunError
@@ -33,6 +32,7 @@ from iterbatch.study.engines.processes import Watch
 from iterbatch.study.engines.worker import claim_in_turn, work
 from iterbatch.study.pairs import pairs_of
 from iterbatch.study.run import compare
+from iterbatch.study.run import run as run_bench
 from iterbatch.study.study_file import load_study
 from iterbatch.study.study_folder import begin
 
@@ -403,7 +403,7 @@ def test_baseline_against_itself_with_other_seeds_is_no_difference(tiny, tmp_pat
         "prompts": 1,
         "max_eval_tokens": 800,
     }
-    run_dir = iterbatch.run(make_config(**flags | {"save_dir": tmp_path, "run_name": "run"}))
+    run_dir = run_bench(make_config(**flags | {"save_dir": tmp_path, "run_name": "run"}))
     for seed in (3, 4, 5):
         shutil.move(run_dir / f"baseline/seed{seed}", run_dir / f"same/seed{seed - 3}")
     only_seeds(run_dir, 0, 1, 2)

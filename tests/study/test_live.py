@@ -7,12 +7,12 @@ import pytest
 from rich.console import Console
 from support.runs import Notes
 
-import iterbatch
 from iterbatch.checks import make_config
 from iterbatch.cli.progress import StudyProgress
 from iterbatch.records.course import Course, Pace, Running, about
 from iterbatch.report import growing
 from iterbatch.study import live
+from iterbatch.study.run import run as run_bench
 
 REFRESH = '<meta http-equiv="refresh"'
 
@@ -45,7 +45,7 @@ def at_every_batch(monkeypatch):
 
 def _run(tiny, tmp_path, listener, **more):
     flags = tiny | {"strategies": ["baseline", "abr"], "save_dir": tmp_path, "run_name": "run"} | more
-    return iterbatch.run(make_config(**flags), listener)
+    return run_bench(make_config(**flags), listener)
 
 
 def test_the_page_grows_with_the_run(tiny, tmp_path, at_every_batch):

@@ -1,0 +1,69 @@
+"""``iterbatch.run`` and ``iterbatch.compare``: as the commands of these names, from Python and notebooks."""
+
+import contextlib
+from pathlib import Path
+
+from rich.console import Console
+from typing_extensions import Unpack
+
+from iterbatch.bench.listener import Listener
+from iterbatch.checks import config_of
+from iterbatch.cli.progress import RichListener, StudyProgress
+from iterbatch.config import BenchConfig
+from iterbatch.errors import ConfigError
+from iterbatch.quiet import quiet_libraries
+from iterbatch.runtime.processes import is_main
+from iterbatch.settings import Settings
+from iterbatch.study import run as doors
+from iterbatch.study.outcome import Outcome
+from iterbatch.study.study_file import load_study
+
+
+def run(
+    config: BenchConfig | None = None, /, listener: Listener | None = None, **settings: Unpack[Settings]
+) -> Outcome:
+    """Train every strategy with every seed, with progress in the terminal or notebook, and report.
+
+    Args:
+        config: From :func:`iterbatch.make_config`; or else give its settings here.
+        listener: Is notified of how it goes, instead of the progress that is shown; ``iterbatch.Listener()``
+            is a silent one.
+        settings: As :func:`iterbatch.make_config` takes them.
+
+    Returns:
+        What it has left.
+
+    Raises:
+        UserError: before any training, where something that was given cannot be used.
+        KeyboardInterrupt: where it was asked to stop; ``resume=FOLDER`` goes on.
+    """
+    if config is not None and settings:
+        raise ConfigError(f"give a configuration or settings, not both: {', '.join(settings)}")
+    config = config or config_of(settings)
+    quiet_libraries()
+    shown = RichListener(Console(), config) if listener is None and is_main() else None
+    with shown or contextlib.nullcontext():
+        return Outcome(doors.run(config, shown or listener))
+
+
+def compare(
+    study: str | Path, *, workers: int = 1, save_dir: str | Path = "results", overwrite: bool = False
+) -> Outcome:
+    """Train every pair of a study file that has no result yet, and report.
+
+    Args:
+        study: The file.
+        workers: Processes at a time.
+        save_dir: Folder of all runs.
+        overwrite: Delete an earlier study of this name.
+
+    Raises:
+        UserError: where the file or a folder cannot be used.
+        KeyboardInterrupt: where it was asked to stop; the same call goes on.
+    """
+    loaded = load_study(Path(study), [])
+    quiet_libraries()
+    folder = Path(save_dir) / loaded.name
+    with StudyProgress(Console()) as bars:
+        doors.compare(loaded, folder, workers, bars.notify, bars.show, overwrite=overwrite)
+    return Outcome(folder)
