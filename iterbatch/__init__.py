@@ -13,6 +13,7 @@ __all__ = [
     "BaseTrainingStrategy",
     "Listener",
     "Outcome",
+    "Repeater",
     "UserError",
     "compare",
     "make_config",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from iterbatch.bench.listener import Listener
     from iterbatch.checks import make_config
     from iterbatch.errors import UserError
+    from iterbatch.repeater import Repeater
     from iterbatch.strategy import STRATEGIES, BaseTrainingStrategy
     from iterbatch.study.outcome import Outcome
 
@@ -31,6 +33,7 @@ _HOMES = {
     "run": "iterbatch.api",
     "compare": "iterbatch.api",
     "Outcome": "iterbatch.study.outcome",
+    "Repeater": "iterbatch.repeater",
     "Listener": "iterbatch.bench.listener",
     "make_config": "iterbatch.checks",
     "UserError": "iterbatch.errors",

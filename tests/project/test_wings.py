@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "bench": REUSE | DOORS | {"reuse", "training", "evaluation"},
     "report": RECORDS | STRATEGY,
     "study": DOORS | {"bench", "report"},
+    "repeater": REUSE | STRATEGY | {"reuse", "training"},
     "api": DOORS | {"bench", "cli", "study"},
     "cli": DOORS | {"bench", "evaluation", "report", "reuse", "study"},
 }

@@ -1,0 +1,501 @@
+"""Repeats in a training loop of one's own: any model, any optimizer, plain PyTorch or Accelerate.
+
+A causal language model of the LLaMA layout whose lowest layers are frozen goes the way of our own loop, so
+its repeats skip the frozen prefix. Any other model is taken whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from iterbatch.data.batch import IGNORED, Batch, MicroBatch
+from iterbatch.errors import ConfigError, did_you_mean
+from iterbatch.model.cut import CutModel
+from iterbatch.model.flops import flop_model
+from iterbatch.records.record import BatchRecord
+from iterbatch.reuse.prefix import PrefixSource
+from iterbatch.strategy import STRATEGIES, BaseTrainingStrategy, make_strategy, own_knobs, register
+from iterbatch.strategy.base import PROBE_TEXT
+from iterbatch.strategy.original import BaselineStrategy
+from iterbatch.training.budget import Allowance, Ledger
+from iterbatch.training.charges import Account
+from iterbatch.training.noise import GradientNoise
+from iterbatch.training.open_batch import OpenBatch
+from iterbatch.training.passes import Pass, Passes
+from iterbatch.training.step import Extras, StepSettings, TrainingStep
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+UNLIMITED = 10**15  # passes
+KNOWN = {"input_ids", "labels", "attention_mask"}  # what a batch may hold where the prefix is reused
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Repeater:
+    """Trains a batch as often as a strategy says: ``record = repeater(batch)``, in place of a training step.
+
+    A call makes the fresh pass (forward, backward, clipping, update), asks the strategy, and makes the
+    repeats. The optimizer's gradients must be zero before, and are zero after it.
+
+    Args:
+        model: Any module, on its device and in training mode; with Accelerate, as it was prepared.
+        optimizer: Over its parameters; with Accelerate, as it was prepared.
+        strategy: A name of ``iterbatch.STRATEGIES``, a class or instance of one's own, or ``FILE.py:CLASS``.
+        loss: ``loss(model, batch)``, a scalar with a gradient. Default: ``model(**batch).loss``.
+        scheduler: Of the learning rate; its ``step()`` is called once a batch, after the fresh pass.
+        accelerator: The one of one's own loop, if it has one.
+        clip_norm: Largest gradient norm of an update; default: not clipped.
+        budget: Passes in all; when it is spent, :attr:`exhausted` is true and no batch is repeated.
+        probe: Batches that are never trained on, for strategies that measure what a pass gained
+            (``learnable``).
+        reuse: Whether repeats may skip a frozen prefix.
+        seed: For strategies that draw random numbers.
+        knobs: Of the strategy, by name.
+
+    Raises:
+        ConfigError: for a strategy that needs more than a loop can give, and knobs that it has not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        strategy: str | type[BaseTrainingStrategy] | BaseTrainingStrategy = "abr",
+        *,
+        loss: Loss | None = None,
+        scheduler: Any = None,
+        accelerator: Any = None,
+        clip_norm: float = math.inf,
+        budget: int | None = None,
+        probe: Sequence[Any] = (),
+        reuse: bool = True,
+        seed: int = 0,
+        **knobs: Any,
+    ) -> None:
+        self.strategy = _strategy(strategy, seed, knobs, probes=bool(probe))
+        accelerator = accelerator or PlainAccelerator(model)
+        allowance = Allowance("updates", budget or UNLIMITED, budget or UNLIMITED)
+        shared = Ledger(), allowance, scheduler
+        alone = getattr(accelerator, "num_processes", 1) == 1
+        self.reuses = reuse and loss is None and alone and has_frozen_prefix(model)
+        self._batches = 0
+        plain = self.strategy.gives_k or isinstance(self.strategy, BaselineStrategy)
+        if not self.reuses and not plain:
+            name = type(self.strategy).__name__
+            raise ConfigError(f"{name} does more than repeat; it needs a LLaMA with frozen lowest layers")
+        if self.reuses:
+            self._step: Any = _cut_step(model, optimizer, accelerator, clip_norm, shared, probe)
+        else:
+            passes = _WholePasses(model, optimizer, accelerator, clip_norm, loss or _own_loss)
+            self._step = WholeStep(passes, *shared, probe)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What has been spent; FLOPs only where the prefix is reused."""
+        return self._step.ledger
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the budget of passes is spent."""
+        return self._step.allowance.exhausted(self.ledger)
+
+    def __call__(self, batch: Any) -> BatchRecord:
+        """Train a batch, and repeat it as the strategy says.
+
+        Args:
+            batch: As one's loss takes it; a list is an accumulation window of several, one update a pass.
+
+        Returns:
+            Its losses, one a pass, and what was planned and done.
+
+        Raises:
+            ConfigError: where the batch is not what the model takes.
+        """
+        micro_batches = batch if isinstance(batch, list) else [batch]
+        index, self._batches = self._batches, self._batches + 1
+        if self.reuses:
+            batch = Batch(tuple(map(as_micro_batch, micro_batches)), index)
+        else:
+            batch = _Window(micro_batches, index)
+        self._step.begin()
+        begun = time.perf_counter()
+        record = self.strategy.train_batch(batch, self._step)
+        return _with_seconds(record, time.perf_counter() - begun)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the strategy has learned and what was spent.
+
+        Batches that wait for a spaced repeat are left out.
+        """
+        return {
+            "strategy": self.strategy.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "batches": self._batches,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.strategy.load_state_dict(state["strategy"])
+        self.ledger.load_state_dict(state["ledger"])
+        self._batches = state["batches"]
+
+
+def _strategy(
+    given: str | type[BaseTrainingStrategy] | BaseTrainingStrategy,
+    seed: int,
+    knobs: dict[str, Any],
+    *,
+    probes: bool,
+) -> BaseTrainingStrategy:
+    if isinstance(given, BaseTrainingStrategy):
+        if knobs:
+            raise ConfigError(f"the strategy is made already; give {', '.join(knobs)} to its constructor")
+        return given
+    name = register(given) if isinstance(given, type) or ":" in given else given
+    if name not in STRATEGIES:
+        raise ConfigError(f"unknown strategy '{name}'{did_you_mean(name, STRATEGIES)}")
+    kind, known = STRATEGIES[name], own_knobs(name)
+    for knob in knobs:
+        if knob not in known:
+            raise ConfigError(
+                f"'{name}' has no knob '{knob}'{did_you_mean(knob, known)}; it has {', '.join(known)}"
+            )
+    if problems := [line for knob, value in knobs.items() for line in known[knob].knob.problems(knob, value)]:
+        raise ConfigError("\n".join(problems))
+    if kind.made_from and kind.needs != PROBE_TEXT:
+        raise ConfigError(f"'{name}' is made from another arm's records; compare it by `iterbatch compare`")
+    if kind.needs == PROBE_TEXT and not probes:
+        raise ConfigError(f"'{name}' measures on batches that are never trained on; give some by probe=[...]")
+    if kind.needs not in ("", PROBE_TEXT):
+        raise ConfigError(f"'{name}' needs {kind.needs}, which a loop of one's own does not have")
+    return make_strategy(name, knobs, seed)
+
+
+def _with_seconds(record: BatchRecord, seconds: float) -> BatchRecord:
+    return BatchRecord(**{**vars(record), "seconds": seconds})
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch).loss
+
+
+class PlainAccelerator:
+    """What passes need of Accelerate, for a loop without it: one process, no scaler.
+
+    Autocast is the caller's, around the whole call.
+    """
+
+    num_processes, scaler = 1, None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    autocast = staticmethod(contextlib.nullcontext)
+
+    @staticmethod
+    def no_sync(_: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """There is nobody to synchronise with."""
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def backward(loss: Tensor) -> None:
+        """Gradients."""
+        loss.backward()
+
+    @staticmethod
+    def clip_grad_norm_(parameters: Any, norm: float) -> Tensor:
+        """Clip, and give the norm before."""
+        return nn.utils.clip_grad_norm_(parameters, norm)
+
+
+class _UsersRate:
+    """A learning rate that is the user's: a pass may only scale it, for itself."""
+
+    optimizer: Any
+
+    @contextlib.contextmanager
+    def rate_kept(self) -> Any:
+        """After the block every group has its learning rate back."""
+        groups = self.optimizer.param_groups
+        self._rates = [group["lr"] for group in groups]
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, self._rates, strict=True):
+                group["lr"] = rate
+
+    def take_rate(self, rate: float) -> None:
+        """Scale every group as the first one is."""
+        for group, own in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = own * (rate / self._rates[0] if self._rates[0] else 1.0)
+
+
+def _drop_gradients_where_not_finite(optimizer: Any, norm: Tensor) -> None:
+    """An update without gradients changes nothing, in any optimizer."""
+    if not math.isfinite(float(norm)):
+        optimizer.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# With a frozen prefix
+
+
+def has_frozen_prefix(model: Any) -> bool:
+    """Whether a model is of the LLaMA layout, all its trained parameters in its layers, the lowest frozen."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = getattr(getattr(causal, "model", None), "layers", None)
+    if (
+        not isinstance(layers, nn.ModuleList)
+        or not hasattr(causal, "lm_head")
+        or not hasattr(causal, "config")
+    ):
+        return False
+    inside = {id(parameter) for parameter in layers.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained or any(id(parameter) not in inside for parameter in trained):
+        return False
+    try:
+        flop_model(model)
+    except Exception:  # of another layout
+        return False
+    return CutModel(model).cut > 0
+
+
+def as_micro_batch(batch: Any) -> MicroBatch:
+    """A batch as Transformers takes it: its labels at their own places, not at those that predict them.
+
+    Raises:
+        ConfigError: where it holds something else than tokens, labels and a mask.
+    """
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys() <= KNOWN:
+        held = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ConfigError(
+            "to reuse the frozen prefix a batch holds input_ids, labels and perhaps attention_mask; this "
+            f"one: {held}. Leave the rest out, or give reuse=False"
+        )
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+    ahead = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    if mask is not None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        mask = None  # padding, if any, is on the right: causal attention does not see it
+    return MicroBatch(ids, ahead, mask)
+
+
+class _CutPasses(_UsersRate, Passes):
+    """Passes of our own loop, with the user's optimizer and learning rate."""
+
+    def make(
+        self,
+        batch: OpenBatch,
+        rate: float,
+        adjust: Callable[[float], None] | None = None,
+        noise: GradientNoise | None = None,
+    ) -> Pass:
+        """As in our own loop."""
+        with self.rate_kept():
+            return super().make(batch, rate, adjust, noise)
+
+    def _skip_where_not_finite(self, norm: Tensor) -> None:
+        _drop_gradients_where_not_finite(self.optimizer, norm)
+
+
+class _CutStep(TrainingStep):
+    """The step of our own loop, with the user's scheduler."""
+
+    scheduler: Any = None
+
+    def _rate(self) -> float:
+        self.learning_rate = self.passes.optimizer.param_groups[0]["lr"]
+        return self.learning_rate
+
+    def _fresh(self, made: Pass, *, counts: bool = True) -> float:
+        loss = super()._fresh(made, counts=counts)
+        if counts and self.scheduler is not None:
+            self.scheduler.step()
+        return loss
+
+
+def _cut_step(
+    model: Any, optimizer: Any, accelerator: Any, clip_norm: float, shared: Any, probe: Sequence[Any]
+) -> _CutStep:
+    ledger, allowance, scheduler = shared
+    cut = CutModel(model)
+    account = Account(flop_model(model), ledger, allowance)
+    extras = Extras([Batch((as_micro_batch(each),)) for each in probe])
+    step = _CutStep(
+        _CutPasses(cut, optimizer, accelerator, clip_norm),
+        account,
+        StepSettings(lr=0.0),
+        PrefixSource(cut, accelerator.device),
+        lambda index: Batch((), index),
+        extras,
+    )
+    step.scheduler = scheduler
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Any model
+
+
+class _Window:
+    """The micro-batches of one update."""
+
+    def __init__(self, micro_batches: Sequence[Any], index: int) -> None:
+        self.micro_batches, self.index = list(micro_batches), index
+        self.weights = _weights(self.micro_batches)
+
+
+def _weights(micro_batches: Sequence[Any]) -> list[float]:
+    """Of each micro-batch in the loss: its label tokens where all are a language model's, else alike."""
+    if not micro_batches:
+        raise ConfigError("a batch is an empty list; give at least one micro-batch")
+    labels = [each.get("labels") if isinstance(each, Mapping) else None for each in micro_batches]
+    if any(not isinstance(each, Tensor) or each.ndim != 2 for each in labels):
+        return [1 / len(micro_batches)] * len(micro_batches)
+    tokens = [int((each[:, 1:] != IGNORED).sum()) for each in labels if isinstance(each, Tensor)]
+    return [count / max(1, sum(tokens)) for count in tokens]
+
+
+class _WholePasses(_UsersRate):
+    """Passes through a whole model."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, accelerator: Any, clip_norm: float, loss: Loss
+    ) -> None:
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.clip_norm, self._loss = clip_norm, loss
+        self._parameters = [each for group in optimizer.param_groups for each in group["params"]]
+
+    def make(self, window: _Window) -> Pass:
+        """One pass over a window, with its update."""
+        total = torch.zeros((), device=self.accelerator.device)
+        last = len(window.micro_batches) - 1
+        for place, (micro, weight) in enumerate(zip(window.micro_batches, window.weights, strict=True)):
+            apart = contextlib.nullcontext() if place == last else self.accelerator.no_sync(self.model)
+            with apart:
+                with self.accelerator.autocast():
+                    loss = self._loss(self.model, micro)
+                self.accelerator.backward(loss * weight)
+            total += loss.detach().float() * weight
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm))
+        if self.accelerator.scaler is None:
+            _drop_gradients_where_not_finite(self.optimizer, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Pass(self._mean(total), float(norm))
+
+    @torch.no_grad()
+    def score(self, batch: Any) -> float:
+        """Its loss as the model is now, without dropout."""
+        training = self.model.training
+        self.model.eval()
+        with self.accelerator.autocast():
+            loss = self._loss(self.model, batch)
+        self.model.train(training)
+        return self._mean(loss.float())
+
+    def _mean(self, value: Tensor) -> float:
+        """Over processes, so that all of them decide alike."""
+        several = self.accelerator.num_processes > 1
+        return float(self.accelerator.reduce(value, "mean") if several else value)
+
+
+class WholeStep:
+    """``step`` over any model: see :class:`iterbatch.strategy.base.Step`.
+
+    A repeat costs what a fresh pass does.
+
+    Args:
+        passes: Makes them.
+        ledger: Counts them.
+        allowance: Of passes.
+        scheduler: Of the learning rate, or None.
+        probe: Batches that are never trained on.
+    """
+
+    price_ratio, probe_price = 1.0, 1 / 3  # a forward is about a third of a pass
+
+    def __init__(
+        self, passes: _WholePasses, ledger: Ledger, allowance: Allowance, scheduler: Any, probe: Sequence[Any]
+    ) -> None:
+        self.passes, self.ledger, self.allowance = passes, ledger, allowance
+        self._scheduler, self._probe, self._held = scheduler, probe, dict[int, _Window]()
+        self._window: _Window | None = None
+        self._first, self._rate, self._skipped = Pass(math.nan, math.nan), 0.0, 0
+        self._revisited: list[int] = []
+
+    def begin(self) -> None:
+        """A batch is about to begin."""
+        self._revisited, self._skipped = [], self.ledger.skipped_updates
+
+    def __call__(self, batch: Any) -> float:
+        """Fresh pass; returns the initial loss."""
+        self._window, self._rate = batch, self.passes.optimizer.param_groups[0]["lr"]
+        self._first = self._made(batch)
+        self.ledger.batches += 1
+        if self._scheduler is not None:
+            self._scheduler.step()
+        return self._first.loss
+
+    def again(self) -> float:
+        """A repeat; returns its loss before its update."""
+        assert self._window is not None
+        return self._made(self._window).loss
+
+    def affords_repeat(self) -> bool:
+        """Whether the budget has room for one more."""
+        return self.allowance.affords(self.ledger, 0.0, 0)
+
+    def probe(self, number: int) -> float:
+        """Loss of a batch that is never trained on."""
+        return self.passes.score(self._probe[number % len(self._probe)])
+
+    def hold(self) -> int:
+        """Keep the current batch for later."""
+        assert self._window is not None
+        self._held[self._window.index] = self._window
+        return self._window.index
+
+    def revisit(self, held: int) -> float:
+        """One pass on a held batch."""
+        self._revisited.append(held)
+        return self._made(self._held[held]).loss
+
+    def release(self, held: int) -> None:
+        """Let a held batch go."""
+        self._held.pop(held, None)
+
+    def record(self, losses: list[float], planned: int, done: int | None = None) -> BatchRecord:
+        """The record of the current batch; its FLOPs are not known."""
+        assert self._window is not None
+        return BatchRecord(
+            batch=self._window.index,
+            epoch=0,
+            initial_loss=losses[0],
+            losses=losses,
+            repeats_planned=planned,
+            repeats_done=len(losses) if done is None else done,
+            learning_rate=self._rate,
+            gradient_norm=self._first.gradient_norm,
+            tokens=0,
+            flops=0.0,
+            seconds=0.0,
+            skipped_updates=self.ledger.skipped_updates - self._skipped,
+            revisited=self._revisited,
+        )
+
+    def _made(self, window: _Window) -> Pass:
+        made = self.passes.make(window)
+        self.ledger.updates += made.finite
+        self.ledger.skipped_updates += not made.finite
+        self.ledger.nonfinite_losses += not math.isfinite(made.loss)
+        return made
