@@ -1,15 +1,18 @@
 """``iterbatch cache``."""
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.prompt import Confirm
 from rich.table import Table
 from rich.text import Text
 
 from iterbatch.cli.command import Words
 from iterbatch.config import Knob
+from iterbatch.errors import ConfigError
 from iterbatch.report.wording import plain
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ class Cache:
         tyro.conf.Positional[tuple[str, ...]],
         Knob("clear only these, as list shows them; a beginning is enough."),
     ] = ()
+    yes: Annotated[bool, Knob("clear: do not ask.")] = False
 
     def execute(self, words: Words, console: Console) -> int:
         """Print what is there, or what was freed."""
@@ -36,12 +40,27 @@ class Cache:
         if self.action == "list":
             print_stores(console, store.list_stores())
             return 0
+        if not self.yes and not _confirmed(console, store.chosen_stores(self.keys)):
+            console.print(Text("Nothing is deleted."))
+            return 0
         deleted, left = store.clear_stores(self.keys)
         freed = sum(each.gigabytes for each in deleted)
         console.print(Text(f"{len(deleted)} store(s) deleted, {freed:.3f} GB freed"))
         for each in left:
             console.print(Text(f"{each.key} is in use or holds a link, left alone"))
         return 0
+
+
+def _confirmed(console: Console, stores: "list[StoreInfo]") -> bool:
+    """Ask, where somebody can answer."""
+    if not stores:
+        return True
+    what = f"{len(stores)} store(s), {sum(each.gigabytes for each in stores):.3f} GB"
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"`iterbatch cache clear` would delete {what}, and there is nobody to ask; add --yes"
+        )
+    return Confirm.ask(f"Delete {what}?", console=console, default=False)
 
 
 def print_stores(console: Console, stores: "list[StoreInfo]") -> None:

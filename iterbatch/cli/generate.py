@@ -40,7 +40,7 @@ class Generate:
         from iterbatch.evaluation.generate import Sampling
         from iterbatch.evaluation.trained import continue_text
 
-        text = continue_text(
+        text, name = continue_text(
             self.run_dir,
             self.prompt,
             Sampling(self.new_tokens, self.temperature, self.top_p, self.sampling_seed),
@@ -49,5 +49,6 @@ class Generate:
             greedy=self.greedy,
             trust_remote_code=self.trust_remote_code,
         )
+        Console(stderr=True).print(Text(f"adapter of {plain(name)}", style="dim"))  # apart from the text
         console.print(Text(plain(text)), soft_wrap=True)
         return 0

@@ -1,5 +1,6 @@
 """``iterbatch COMMAND …``: which commands there are, and how what goes wrong is said."""
 
+import inspect
 import io
 import os
 import sys
@@ -11,7 +12,19 @@ from rich.console import Console
 from rich.text import Text
 
 from iterbatch import __version__
-from iterbatch.cli import cache, compare, export, generate, new_strategy, power, price, report, train, tune
+from iterbatch.cli import (
+    cache,
+    compare,
+    export,
+    generate,
+    list_runs,
+    new_strategy,
+    power,
+    price,
+    report,
+    train,
+    tune,
+)
 from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words, exit_code
 from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.report.wording import plain
@@ -21,6 +34,7 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     "compare": (compare.Compare, "Train arms by seeds at the same budget, score them, and write a report."),
     "tune": (tune.Tune, "Find the learning rate of every arm of a study, and write it into the study file."),
     "report": (report.Report, "Write the report of a run or a comparison anew, from its records alone."),
+    "list": (list_runs.ListRuns, "Show the runs and comparisons of a folder."),
     "power": (power.Power, "How many seeds it takes to find an effect, from the spread of a comparison."),
     "generate": (generate.Generate, "Continue a text with a trained adapter."),
     "export": (export.Export, "Write a trained adapter with its card to a folder, or merged into its base."),
@@ -30,6 +44,27 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     ),
     "new-strategy": (new_strategy.NewStrategy, "Write a strategy of your own to begin with."),
     "cache": (cache.Cache, "Show and free the activations that --reuse epoch keeps."),
+}
+EXAMPLES = {  # of the help of a command
+    "train": (
+        "iterbatch train",
+        "iterbatch train --data_dir notes.jsonl --strategies baseline abr --match flops --seeds 0 1 2",
+        "iterbatch train --strategies baseline mine.py:TwiceWhenHard --set cut=2.5",
+        "iterbatch train --resume",
+    ),
+    "compare": (
+        "iterbatch compare --strategies baseline abr permuted --seeds 0 1 2 --workers 2",
+        "iterbatch compare study.yaml --workers 2 --dry_run",
+    ),
+    "tune": ("iterbatch tune study.yaml --workers 2",),
+    "report": ("iterbatch report results/first-study", "iterbatch report results/one results/two --out both"),
+    "list": ("iterbatch list", "iterbatch list /elsewhere/results"),
+    "power": ("iterbatch power results/first-study",),
+    "generate": ('iterbatch generate results/RUN --prompt "The import system" --strategy abr',),
+    "export": ("iterbatch export results/RUN --strategy abr --to my-adapter",),
+    "price": ("iterbatch price --seconds 30",),
+    "new-strategy": ("iterbatch new-strategy TwiceWhenHard",),
+    "cache": ("iterbatch cache list", "iterbatch cache clear --yes"),
 }
 DESCRIPTION = (
     "How many times should each batch be trained, and did it pay? iterbatch train without flags runs offline."
@@ -78,14 +113,24 @@ def _run(given: list[str], console: Console) -> int:
             f"unknown command '{given[0]}'; choose from {allowed}{did_you_mean(given[0], COMMANDS)}"
         )
     kinds = [
-        Annotated[kind, tyro.conf.subcommand(name, description=purpose, prefix_name=False)]
-        for name, (kind, purpose) in COMMANDS.items()
+        Annotated[kind, tyro.conf.subcommand(name, description=_described(name, given), prefix_name=False)]
+        for name, (kind, _) in COMMANDS.items()
     ]
     union: Any = Union[tuple(kinds)]  # noqa: UP007
     command = tyro.cli(
         union, args=given or ["--help"], prog="iterbatch", description=DESCRIPTION, use_underscores=True
     )
     return command.execute(Words(given[0], given[1:]), console)
+
+
+def _described(name: str, given: list[str]) -> str:
+    """What a command is for; with examples in its own help."""
+    kind, purpose = COMMANDS[name]
+    if given[:1] != [name]:
+        return purpose
+    return "\n\n".join(
+        [inspect.getdoc(kind) or purpose, "Examples:\n" + "\n".join(f"  {each}" for each in EXAMPLES[name])]
+    )
 
 
 def _complain(errors: Console, problem: str) -> None:

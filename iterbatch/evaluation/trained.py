@@ -84,14 +84,17 @@ def continue_text(
     seed: int | None = None,
     greedy: bool = False,
     trust_remote_code: bool = False,
-) -> str:
-    """Continue a prompt with a trained adapter; what ``iterbatch generate`` prints.
+) -> tuple[str, str]:
+    """Continue a prompt with a trained adapter.
+
+    Returns:
+        The text, and whose adapter it was: ``strategy/seedK``.
 
     Raises:
         RunError: see :func:`load_trained`.
         DataError: where the prompt is empty, or too long for the model's context.
     """
-    model, tokenizer, _ = load_trained(run_dir, strategy, seed, trust_remote_code=trust_remote_code)
+    model, tokenizer, name = load_trained(run_dir, strategy, seed, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     room = model.config.max_position_embeddings - sampling.new_tokens
     if not ids or len(ids) > room:
@@ -102,4 +105,4 @@ def continue_text(
     accelerator = make_accelerator(PRECISION[str(model.base_model.model.dtype).removeprefix("torch.")])
     with accelerator.autocast():
         new = generate(model.to(accelerator.device), [ids], tokenizer, sampling, greedy=greedy)[0]
-    return str(tokenizer.decode(ids + new))
+    return str(tokenizer.decode(ids + new)), name

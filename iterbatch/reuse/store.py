@@ -341,11 +341,8 @@ def _free(folder: Path) -> FileLock | None:
     return lock
 
 
-def clear_stores(keys: Sequence[str] = ()) -> tuple[list[StoreInfo], list[StoreInfo]]:
-    """Delete stores, all of them where no key is given; a key may be shortened as long as it is clear.
-
-    Returns:
-        Those deleted, and those left because a run is filling them or they hold a link.
+def chosen_stores(keys: Sequence[str] = ()) -> list[StoreInfo]:
+    """Those that keys name, all of them where no key is given; a key may be shortened as long as it is clear.
 
     Raises:
         RunError: for a key that names none or several.
@@ -355,9 +352,17 @@ def clear_stores(keys: Sequence[str] = ()) -> tuple[list[StoreInfo], list[StoreI
         matches = [store.key for store in stores if store.key.startswith(key)]
         if len(matches) != 1:
             raise RunError(f"the key '{key}' names {len(matches)} stores; `iterbatch cache list` shows them")
-    chosen = [store for store in stores if not keys or any(store.key.startswith(key) for key in keys)]
+    return [store for store in stores if not keys or any(store.key.startswith(key) for key in keys)]
+
+
+def clear_stores(keys: Sequence[str] = ()) -> tuple[list[StoreInfo], list[StoreInfo]]:
+    """Delete stores, as :func:`chosen_stores` chooses them.
+
+    Returns:
+        Those deleted, and those left because a run is filling them or they hold a link.
+    """
     deleted, left = [], []
-    for store in chosen:
+    for store in chosen_stores(keys):
         lock = _free(stores_folder() / store.key)
         if lock is None:
             left.append(store)

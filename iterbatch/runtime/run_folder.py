@@ -173,6 +173,17 @@ def hold(folder: Path, config: BenchConfig) -> Iterator[None]:
         yield
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds a run's folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
 def _holder(folder: Path) -> str:
     try:
         who = json.loads((folder / HOLDER).read_text(encoding="utf-8"))

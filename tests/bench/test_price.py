@@ -96,6 +96,13 @@ def test_cache_list_and_clear(tmp_path, monkeypatch, capsys):
     assert "abc123" in shown
     assert "0 of 4" in shown
     assert "\x1b[31m" not in shown
+    assert main(["cache", "clear", "abc"]) == 2  # nobody to ask
+    assert "add --yes" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda *_: "n")
+    assert main(["cache", "clear", "abc"]) == 0
+    assert "Nothing is deleted" in capsys.readouterr().out
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     assert main(["cache", "clear", "abc"]) == 0
     assert "1 store(s) deleted" in capsys.readouterr().out
     assert not list(stores_folder().iterdir())
