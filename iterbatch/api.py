@@ -11,6 +11,7 @@ from iterbatch.checks import config_of
 from iterbatch.cli.progress import RichListener, StudyProgress
 from iterbatch.config import BenchConfig
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
 from iterbatch.runtime.processes import is_main
 from iterbatch.settings import Settings
@@ -38,7 +39,9 @@ def run(
         KeyboardInterrupt: where it was asked to stop; ``resume=FOLDER`` goes on.
     """
     if config is not None and settings:
-        raise ConfigError(f"give a configuration or settings, not both: {', '.join(settings)}")
+        raise ConfigError(
+            _("give a configuration or settings, not both: {names}").format(names=", ".join(settings))
+        )
     config = config or config_of(settings)
     quiet_libraries()
     shown = RichListener(Console(), config) if listener is None and is_main() else None

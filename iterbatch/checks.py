@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from iterbatch.config import INITS, BenchConfig, Every, StrategyConfig, range_problems
 from iterbatch.errors import ConfigError, UserError, did_you_mean
+from iterbatch.language import _
 from iterbatch.records.scheduler import read_schedulers
 from iterbatch.settings import Settings
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, register, source_of
@@ -47,7 +48,11 @@ def type_problems(name: str, value: Any, kind: Any) -> list[str]:
             raise TypeCheckError("a bool is no number")
         check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError:
-        return [f"'{name}' is {value!r}, a {type(value).__name__}; it must be {_kind_words(kind)}"]
+        return [
+            _("'{name}' is {value!r}, a {name2}; it must be {kind_words}").format(
+                name=name, value=value, name2=type(value).__name__, kind_words=_kind_words(kind)
+            )
+        ]
     return []
 
 
@@ -56,10 +61,16 @@ def _kind_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
-        return f"a list, each {_kind_words(get_args(kind)[0])}"
+        return _("a list, each {kind_words}").format(kind_words=_kind_words(get_args(kind)[0]))
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_kind_words, get_args(kind)))
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", Path: "a path"}
+    words = {
+        int: _("a whole number"),
+        float: "a number",
+        str: "a text",
+        bool: _("True or False"),
+        Path: "a path",
+    }
     return words.get(kind, "None")
 
 
@@ -89,7 +100,9 @@ def config_of(values: Mapping[str, Any]) -> BenchConfig:
     problems = []
     for name, value in given.items():
         if name not in known:
-            raise ConfigError(f"unknown setting '{name}'{did_you_mean(name, known)}")
+            raise ConfigError(
+                _("unknown setting '{name}'{near}").format(name=name, near=did_you_mean(name, known))
+            )
         value = tuple(value) if isinstance(value, list) else value
         value = Path(value) if name in PATHS and isinstance(value, str) else value
         problems += type_problems(name, value, kinds[name])
@@ -144,7 +157,9 @@ def check(config: BenchConfig) -> None:
     if not re.fullmatch(LAYERS, config.model.lora_layers):
         given = config.model.lora_layers
         problems.append(
-            f"--lora_layers is '{given}'; write 'all', 'top:N' or 'I-J', for example top:2 or 4-7"
+            _("--lora_layers is '{given}'; write 'all', 'top:N' or 'I-J', for example top:2 or 4-7").format(
+                given=given
+            )
         )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -154,13 +169,15 @@ def _strategy_problems(config: BenchConfig) -> list[str]:
     names, problems, shared = config.strategy.strategies, [], knobs()
     for name, value in config.strategy.knobs.items():
         if name not in shared:
-            problems.append(f"unknown setting '{name}'{did_you_mean(name, shared)}")
+            problems.append(
+                _("unknown setting '{name}'{near}").format(name=name, near=did_you_mean(name, shared))
+            )
         else:
             problems += shared[name].knob.problems(name, value)
     if not names:
-        problems.append("--strategies is empty; give at least one")
+        problems.append(_("--strategies is empty; give at least one"))
     if len(set(names)) < len(names):
-        problems.append(f"--strategies names one twice: {' '.join(names)}")
+        problems.append(_("--strategies names one twice: {names}").format(names=" ".join(names)))
     problems += [unknown_strategy(name) for name in names if name not in STRATEGIES]
     return problems + _source_problems(config) + _scheduler_problems(config)
 
@@ -174,7 +191,9 @@ def check_placement(config: BenchConfig) -> None:
     names, placement = config.strategy.strategies, config.strategy.knobs["placement"]
     if placement != AT_ONCE and not any(STRATEGIES[name].gives_k for name in names):
         raise ConfigError(
-            f"--placement is {placement}, and {', '.join(names)} repeats no batch; leave it out"
+            _("--placement is {placement}, and {names} repeats no batch; leave it out").format(
+                placement=placement, names=", ".join(names)
+            )
         )
 
 
@@ -182,21 +201,25 @@ def _scheduler_problems(config: BenchConfig) -> list[str]:
     """What earlier schedulers are wrong with."""
     given, frozen = (config.strategy.knobs.get(f"scheduler_{part}") for part in ("from", "frozen"))
     if given is None:
-        return ["--scheduler_frozen needs --scheduler_from: a policy to keep as it is"] if frozen else []
+        return [_("--scheduler_frozen needs --scheduler_from: a policy to keep as it is")] if frozen else []
     try:
         for kept in read_schedulers(Path(given)):
             probes_of(kept)
     except UserError as problem:
-        return [f"--scheduler_from: {problem}"]
+        return [_("--scheduler_from: {problem}").format(problem=problem)]
     return []
 
 
 def unknown_strategy(name: str, where: str = "") -> str:
     """What to say of a strategy that the registry has not."""
     near = did_you_mean(name, STRATEGIES)
-    broken = f"; of a package, {BROKEN[name]}" if name in BROKEN else ""
-    choice = f"choose from {', '.join(STRATEGIES)}, or name a class of your own as FILE.py:CLASS"
-    return f"unknown strategy '{name}'{where}{broken}; {choice}{near}"
+    broken = _("; of a package, {broken}").format(broken=BROKEN[name]) if name in BROKEN else ""
+    choice = _("choose from {names}, or name a class of your own as FILE.py:CLASS").format(
+        names=", ".join(STRATEGIES)
+    )
+    return _("unknown strategy '{name}'{where}{broken}; {choice}{near}").format(
+        name=name, where=where, broken=broken, choice=choice, near=near
+    )
 
 
 def _source_problems(config: BenchConfig) -> list[str]:
@@ -209,13 +232,19 @@ def _source_problems(config: BenchConfig) -> list[str]:
             and STRATEGIES[name].made_from == OTHER_PASSES
             and len(config.training.seeds) < 2
         ):
-            problems.append(f"'{name}' takes the passes of another seed, and there is one; give --seeds more")
+            problems.append(
+                _("'{name}' takes the passes of another seed, and there is one; give --seeds more").format(
+                    name=name
+                )
+            )
         if name in STRATEGIES and needs_source(name):
             source = source_of(name, config.strategy.source)
             if source not in before:
                 problems.append(
-                    f"'{name}' is made from '{source}', which does not come before it; add '{source}' in "
-                    "front, or give another --source"
+                    _(
+                        "'{name}' is made from '{source}', which does not come before it; add '{source}' "
+                        "in front, or give another --source"
+                    ).format(name=name, source=source)
                 )
         before.add(name)
     return problems
@@ -225,8 +254,10 @@ def _budget_problems(config: BenchConfig) -> list[str]:
     training, data, problems = config.training, config.data, []
     if training.budget is not None and training.match == "epochs":
         problems.append(
-            "--budget needs a unit: give --match flops, updates, tokens or seconds with it, or --epochs "
-            "without it"
+            _(
+                "--budget needs a unit: give --match flops, updates, tokens or seconds with it, or "
+                "--epochs without it"
+            )
         )
     if (
         training.match == "seconds"
@@ -234,14 +265,17 @@ def _budget_problems(config: BenchConfig) -> list[str]:
         and config.strategy.strategies[:1] != (REFERENCE,)
     ):
         problems.append(
-            f"--match seconds gives every arm what the baseline took: let '{REFERENCE}' come first, "
-            "or give --budget in seconds"
+            _(
+                "--match seconds gives every arm what the baseline took: let '{reference}' come first, "
+                "or give --budget in seconds"
+            ).format(reference=REFERENCE)
         )
     tokens = data.max_train_tokens
     if tokens is not None and 0 < tokens < config.max_length:
         problems.append(
-            f"--max_train_tokens is {tokens}; it must be at least one block of --max_length "
-            f"{config.max_length}"
+            _(
+                "--max_train_tokens is {tokens}; it must be at least one block of --max_length {max_length}"
+            ).format(tokens=tokens, max_length=config.max_length)
         )
     return problems
 
@@ -251,14 +285,18 @@ def _adapter_problems(config: BenchConfig) -> list[str]:
     problems, given = [], config.model.init_lora
     if given not in INITS:
         problems.append(
-            f"--init_lora is '{given}'; choose default or gaussian. PiSSA, OLoRA, EVA, CorDA and LoftQ "
-            "change the frozen weights, which all arms share, and whose activations are kept"
+            _(
+                "--init_lora is '{given}'; choose default or gaussian. PiSSA, OLoRA, EVA, CorDA and "
+                "LoftQ change the frozen weights, which all arms share, and whose activations are kept"
+            ).format(given=given)
         )
     if config.model.dora:
         problems.append(
-            "--dora cannot be used: DoRA computes the norms of all adapted weights anew in every pass, which "
-            "the FLOP model does not count, so arms would not get the same budget; leave it out, or try "
-            "--rslora"
+            _(
+                "--dora cannot be used: DoRA computes the norms of all adapted weights anew in every "
+                "pass, which the FLOP model does not count, so arms would not get the same budget; leave "
+                "it out, or try --rslora"
+            )
         )
     return problems
 
@@ -270,7 +308,11 @@ def _text_problems(config: BenchConfig) -> list[str]:
     except (LookupError, ValueError):
         known = ("utf-8", "utf-16", "gbk", "gb18030", "big5", "shift_jis", "euc-kr", "latin-1", "cp1252")
         near = did_you_mean(data.encoding, known)
-        return [f"--encoding is '{data.encoding}', which is none; such as {', '.join(known)}{near}"]
+        return [
+            _("--encoding is '{encoding}', which is none; such as {names}{near}").format(
+                encoding=data.encoding, names=", ".join(known), near=near
+            )
+        ]
     return []
 
 
@@ -279,12 +321,14 @@ def _run_problems(config: BenchConfig) -> list[str]:
     name = run.run_name
     if name is not None and (name in ("", ".", "..") or re.search(r'[\\/:*?"<>|\x00-\x1f]', name)):
         problems.append(
-            f"--run_name is '{name}'; it must be a plain folder name without any of \\ / : * ? \" < > |"
+            _(
+                "--run_name is '{name}'; it must be a plain folder name without any of \\ / : * ? \" < > |"
+            ).format(name=name)
         )
     if run.resume and run.overwrite:
-        problems.append("--resume and --overwrite exclude each other; give one of them")
+        problems.append(_("--resume and --overwrite exclude each other; give one of them"))
     try:
         Every(run.checkpoint_every)
     except ValueError as problem:
-        problems.append(f"--checkpoint_every is {problem}")
+        problems.append(_("--checkpoint_every is {problem}").format(problem=problem))
     return problems

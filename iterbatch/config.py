@@ -19,6 +19,7 @@ import tyro
 from typing_extensions import Doc
 
 from iterbatch.errors import did_you_mean
+from iterbatch.language import N_, _
 
 BUNDLED = "bundled"
 DEFAULT_LENGTH = 512  # tokens a block
@@ -53,6 +54,9 @@ UNITS: tuple[str, ...] = get_args(Match)  # that a budget is counted in
 # What a knob says of itself
 
 
+ENDS = {"at_least": N_("at least"), "above": N_("above"), "at_most": N_("at most"), "below": N_("below")}
+
+
 @dataclass(frozen=True)
 class Range:
     """The finite numbers that a knob may be."""
@@ -72,13 +76,9 @@ class Range:
         )
 
     def __str__(self) -> str:
-        ends = ("at_least", "above", "at_most", "below")
-        words = [
-            f"{end.replace('_', ' ')} {getattr(self, end):g}"
-            for end in ends
-            if getattr(self, end) is not None
-        ]
-        return " and ".join(words)
+        ends = ENDS
+        known = {end: getattr(self, end) for end in ends if getattr(self, end) is not None}
+        return _(" and ").join(f"{_(ENDS[end])} {value:g}" for end, value in known.items())
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,13 @@ class Knob(Doc):
     ) -> None:
         self.meaning, self.choices, self.also = meaning, tuple(choices), also
         self.range = Range(at_least, above, at_most, below)
-        words = ", or ".join(each for each in (str(self.range), also.meaning if also else "") if each)
-        super().__init__(f"{meaning} ({words})" if words else meaning)
+
+    @property
+    def documentation(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] - in the language in use
+        """Meaning and range."""
+        also = _(self.also.meaning) if self.also else ""
+        words = _(", or ").join(each for each in (str(self.range), also) if each)
+        return f"{_(self.meaning)} ({words})" if words else _(self.meaning)
 
     def problems(self, name: str, value: Any) -> list[str]:
         """What is wrong with a value: a line for each thing, with what was given and what is allowed."""
@@ -128,20 +133,40 @@ class Knob(Doc):
             ]
         if self.choices and value not in self.choices:
             allowed = ", ".join(self.choices)
-            return [f"unknown --{name} '{value}'; choose from {allowed}{did_you_mean(value, self.choices)}"]
+            return [
+                _("unknown --{name} '{value}'; choose from {allowed}{near}").format(
+                    name=name, value=value, allowed=allowed, near=did_you_mean(value, self.choices)
+                )
+            ]
         if self.also is not None and isinstance(value, str):
-            allowed = f"a number {self.range}, or {self.also.meaning}"
-            return [] if self.also.allowed(value) else [f"--{name} is '{value}'; it must be {allowed}"]
+            allowed = _("a number {range}, or {meaning}").format(range=self.range, meaning=self.also.meaning)
+            return (
+                []
+                if self.also.allowed(value)
+                else [
+                    _("--{name} is '{value}'; it must be {allowed}").format(
+                        name=name, value=value, allowed=allowed
+                    )
+                ]
+            )
         if isinstance(value, int | float) and value not in self.range:
-            return [f"--{name} is {value}; it must be {str(self.range) or 'a finite number'}"]
+            return [
+                _("--{name} is {value}; it must be {range}").format(
+                    name=name, value=value, range=str(self.range) or "a finite number"
+                )
+            ]
         return []
 
 
 def _list_problems(name: str, values: tuple[Any, ...]) -> list[str]:
     if not values:
-        return [f"--{name} is empty; give at least one"]
+        return [_("--{name} is empty; give at least one").format(name=name)]
     twice = len(set(values)) < len(values)
-    return [f"--{name} names one twice: {' '.join(map(str, values))}"] if twice else []
+    return (
+        [_("--{name} names one twice: {names}").format(name=name, names=" ".join(map(str, values)))]
+        if twice
+        else []
+    )
 
 
 def knobs_of(kind: Any) -> dict[str, Knob]:
@@ -170,7 +195,9 @@ class Every:
     def __init__(self, spec: str) -> None:
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(s|u)?", spec, flags=re.ASCII)
         if match is None or not float(match[1]) > 0:
-            raise ValueError(f"'{spec}'; write seconds or updates above 0, for example 60s or 500u")
+            raise ValueError(
+                _("'{spec}'; write seconds or updates above 0, for example 60s or 500u").format(spec=spec)
+            )
         self.amount, self.in_updates = float(match[1]), match[2] == "u"
         self._from = 0.0
 
@@ -451,7 +478,9 @@ class StrategyConfig:
 
 def _resumed(words: list[str]) -> Path:
     if len(words) > 1:
-        raise ValueError(f"it takes one folder of a run, or none; {len(words)} were given")
+        raise ValueError(
+            _("it takes one folder of a run, or none; {count} were given").format(count=len(words))
+        )
     return Path(words[0]) if words else LAST
 
 

@@ -10,6 +10,8 @@ import shlex
 import subprocess
 from collections.abc import Iterable
 
+from iterbatch.language import _
+
 
 class UserError(Exception):
     """Something the user gave cannot be used; the message says what to do about it."""
@@ -46,4 +48,4 @@ def typed(*words: object) -> str:
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """`` (did you mean 'abr'?)`` for the nearest allowed word, or an empty string where none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean '{near[0]}'?)" if near else ""
+    return _(" (did you mean '{near}'?)").format(near=near[0]) if near else ""

@@ -20,6 +20,7 @@ from iterbatch.config import (
     TrainingConfig,
 )
 from iterbatch.errors import ConfigError, did_you_mean, first_line
+from iterbatch.language import N_, _
 from iterbatch.plain_yaml import read_yaml
 from iterbatch.records.layout import CONFIG
 from iterbatch.records.read import read_config
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from types import SimpleNamespace as StrategyFlags
 else:
     StrategyFlags = _strategy_flags()
-    StrategyFlags.__doc__ = "The strategies and their knobs."
+    StrategyFlags.__doc__ = N_("The strategies and their knobs.")
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,19 @@ def values_set(pairs: Sequence[str]) -> dict[str, Any]:
         name, is_pair, value = pair.partition("=")
         if not is_pair or name not in known:
             near = did_you_mean(name, known)
-            raise ConfigError(f"--set {pair}: write NAME=VALUE; no strategy has a knob '{name}'{near}")
+            raise ConfigError(
+                _("--set {pair}: write NAME=VALUE; no strategy has a knob '{name}'{near}").format(
+                    pair=pair, name=name, near=near
+                )
+            )
         kind: Any = known[name].kind
         try:
             found[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError, TypeError) as problem:
-            wanted = "true or false" if kind is bool else getattr(kind, "__name__", str(kind))
-            raise ConfigError(f"--set {pair}: {name} is a {wanted}") from problem
+            wanted = _("true or false") if kind is bool else getattr(kind, "__name__", str(kind))
+            raise ConfigError(
+                _("--set {pair}: {name} is a {wanted}").format(pair=pair, name=name, wanted=wanted)
+            ) from problem
     return found
 
 
@@ -202,11 +209,19 @@ def file_words(path: Path) -> list[str]:
     try:
         content = read_yaml(path)
     except OSError as problem:
-        raise ConfigError(f"--config {path} cannot be read: {problem.strerror}") from problem
+        raise ConfigError(
+            _("--config {path} cannot be read: {problem}").format(path=path, problem=problem.strerror)
+        ) from problem
     except ValueError as problem:
-        raise ConfigError(f"--config {path} is not valid YAML: {first_line(problem)}") from problem
+        raise ConfigError(
+            _("--config {path} is not valid YAML: {problem}").format(path=path, problem=first_line(problem))
+        ) from problem
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds a {type(content).__name__}; write one 'flag: value' a line")
+        raise ConfigError(
+            _("--config {path} holds a {name}; write one 'flag: value' a line").format(
+                path=path, name=type(content).__name__
+            )
+        )
     return settings_words(content, path)
 
 
@@ -219,12 +234,16 @@ def settings_words(content: Mapping[str, Any], path: Path) -> list[str]:
     known = settings()
     if "trust_remote_code" in content:
         raise ConfigError(
-            f"--config {path} sets trust_remote_code; whether code of others may run is said on the command "
-            "line only"
+            _(
+                "--config {path} sets trust_remote_code; whether code of others may run is said on the "
+                "command line only"
+            ).format(path=path)
         )
     unknown = [
-        f"--config {path}: unknown setting '{key}'{did_you_mean(str(key), known)}; a knob of a strategy of "
-        "your own is known when that is named: --strategies ... FILE.py:CLASS"
+        _(
+            "--config {path}: unknown setting '{key}'{near}; a knob of a strategy of your own is known "
+            "when that is named: --strategies ... FILE.py:CLASS"
+        ).format(path=path, key=key, near=did_you_mean(str(key), known))
         for key in content
         if key not in known or key == "config"
     ]

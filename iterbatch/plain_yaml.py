@@ -8,6 +8,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
+from iterbatch.language import _
+
 CHARACTERS = 1 << 20  # of a file; reading more takes seconds
 VALUES = 100_000  # of a document, with what its aliases repeat written out
 BAD_YAML = (YAMLError, ValueError, TypeError, RecursionError, AttributeError)  # what a bad document may raise
@@ -26,11 +28,15 @@ def read_yaml(path: Path) -> Any:
 def read_text(path: Path) -> str:
     """The text of a file that holds YAML; :func:`read_yaml` says what it raises."""
     if path.exists() and not path.is_file():  # a pipe would keep its reader waiting, a device never end
-        raise ValueError("it is not a regular file")
+        raise ValueError(_("it is not a regular file"))
     with path.open(encoding="utf-8-sig") as file:
         text = file.read(CHARACTERS + 1)
     if len(text) > CHARACTERS:
-        raise ValueError(f"it has more than {CHARACTERS:,} characters; no settings are that long")
+        raise ValueError(
+            _("it has more than {characters:,} characters; no settings are that long").format(
+                characters=CHARACTERS
+            )
+        )
     return text
 
 
@@ -62,7 +68,9 @@ def _weigh(value: Any, known: dict[int, int]) -> int:
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_weigh(part, known) for part in parts)
     if known[id(value)] > VALUES:
-        raise ValueError(f"it has more than {VALUES:,} values, with its aliases written out")
+        raise ValueError(
+            _("it has more than {values:,} values, with its aliases written out").format(values=VALUES)
+        )
     return known[id(value)]
 
 

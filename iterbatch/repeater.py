@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from iterbatch.data.batch import IGNORED, Batch, MicroBatch
 from iterbatch.errors import ConfigError, did_you_mean
+from iterbatch.language import _
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
 from iterbatch.records.record import BatchRecord
@@ -91,7 +92,11 @@ class Repeater:
         plain = self.strategy.gives_k or isinstance(self.strategy, BaselineStrategy)
         if not self.reuses and not plain:
             name = type(self.strategy).__name__
-            raise ConfigError(f"{name} does more than repeat; it needs a LLaMA with frozen lowest layers")
+            raise ConfigError(
+                _("{name} does more than repeat; it needs a LLaMA with frozen lowest layers").format(
+                    name=name
+                )
+            )
         if self.reuses:
             self._step: Any = _cut_step(model, optimizer, accelerator, clip_norm, shared, probe)
         else:
@@ -158,25 +163,45 @@ def _strategy(
 ) -> BaseTrainingStrategy:
     if isinstance(given, BaseTrainingStrategy):
         if knobs:
-            raise ConfigError(f"the strategy is made already; give {', '.join(knobs)} to its constructor")
+            raise ConfigError(
+                _("the strategy is made already; give {names} to its constructor").format(
+                    names=", ".join(knobs)
+                )
+            )
         return given
     name = register(given) if isinstance(given, type) or ":" in given else given
     if name not in STRATEGIES:
-        raise ConfigError(f"unknown strategy '{name}'{did_you_mean(name, STRATEGIES)}")
+        raise ConfigError(
+            _("unknown strategy '{name}'{near}").format(name=name, near=did_you_mean(name, STRATEGIES))
+        )
     kind, known = STRATEGIES[name], own_knobs(name)
     for knob in knobs:
         if knob not in known:
             raise ConfigError(
-                f"'{name}' has no knob '{knob}'{did_you_mean(knob, known)}; it has {', '.join(known)}"
+                _("'{name}' has no knob '{knob}'{near}; it has {names}").format(
+                    name=name, knob=knob, near=did_you_mean(knob, known), names=", ".join(known)
+                )
             )
     if problems := [line for knob, value in knobs.items() for line in known[knob].knob.problems(knob, value)]:
         raise ConfigError("\n".join(problems))
     if kind.made_from and kind.needs != PROBE_TEXT:
-        raise ConfigError(f"'{name}' is made from another arm's records; compare it by `iterbatch compare`")
+        raise ConfigError(
+            _("'{name}' is made from another arm's records; compare it by `iterbatch compare`").format(
+                name=name
+            )
+        )
     if kind.needs == PROBE_TEXT and not probes:
-        raise ConfigError(f"'{name}' measures on batches that are never trained on; give some by probe=[...]")
+        raise ConfigError(
+            _("'{name}' measures on batches that are never trained on; give some by probe=[...]").format(
+                name=name
+            )
+        )
     if kind.needs not in ("", PROBE_TEXT):
-        raise ConfigError(f"'{name}' needs {kind.needs}, which a loop of one's own does not have")
+        raise ConfigError(
+            _("'{name}' needs {needs}, which a loop of one's own does not have").format(
+                name=name, needs=kind.needs
+            )
+        )
     return make_strategy(name, knobs, seed)
 
 
@@ -279,8 +304,10 @@ def as_micro_batch(batch: Any) -> MicroBatch:
     if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys() <= KNOWN:
         held = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ConfigError(
-            "to reuse the frozen prefix a batch holds input_ids, labels and perhaps attention_mask; this "
-            f"one: {held}. Leave the rest out, or give reuse=False"
+            _(
+                "to reuse the frozen prefix a batch holds input_ids, labels and perhaps attention_mask; "
+                "this one: {held}. Leave the rest out, or give reuse=False"
+            ).format(held=held)
         )
     ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
     ahead = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
@@ -357,7 +384,7 @@ class _Window:
 def _weights(micro_batches: Sequence[Any]) -> list[float]:
     """Of each micro-batch in the loss: its label tokens where all are a language model's, else alike."""
     if not micro_batches:
-        raise ConfigError("a batch is an empty list; give at least one micro-batch")
+        raise ConfigError(_("a batch is an empty list; give at least one micro-batch"))
     labels = [each.get("labels") if isinstance(each, Mapping) else None for each in micro_batches]
     if any(not isinstance(each, Tensor) or each.ndim != 2 for each in labels):
         return [1 / len(micro_batches)] * len(micro_batches)

@@ -7,6 +7,7 @@ from typing import Any
 from iterbatch.checks import config_of
 from iterbatch.config import BenchConfig
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.strategy import REFERENCE, STRATEGIES, needs_source, source_of
 from iterbatch.strategy.base import OTHER_PASSES
 
@@ -40,7 +41,9 @@ class Arm:
         seeds = self.config.training.seeds
         if len(seeds) < 2:
             raise ConfigError(
-                f"'{self.name}' takes the passes of another seed, and there is one only; give --seeds more"
+                _(
+                    "'{name}' takes the passes of another seed, and there is one only; give --seeds more"
+                ).format(name=self.name)
             )
         place = seeds.index(seed)
         other = place + 1 if place % 2 == 0 and place + 1 < len(seeds) else place - 1

@@ -14,6 +14,7 @@ from iterbatch.data.windows import EvalText
 from iterbatch.errors import RunError
 from iterbatch.evaluation.perplexity import score
 from iterbatch.evaluation.trained import load_trained
+from iterbatch.language import _
 from iterbatch.model.base import PRECISION
 from iterbatch.model.cut import CutModel
 from iterbatch.records import layout
@@ -49,7 +50,9 @@ def export(run_dir: Path, folder: Path, strategy: str | None, seed: int | None, 
         RunError: where the folder is there, or the merged model does not score as the adapter does.
     """
     if folder.exists():
-        raise RunError(f"{folder} exists already; give a folder that does not by --to")
+        raise RunError(
+            _("{folder} exists already; give a folder that does not by --to").format(folder=folder)
+        )
     model, tokenizer, name = load_trained(run_dir, strategy, seed)
     adapter = run_dir / name / layout.ADAPTER
     if not merge:
@@ -63,8 +66,10 @@ def export(run_dir: Path, folder: Path, strategy: str | None, seed: int | None, 
     after = _perplexity(merged, precision, text)
     if not abs(after / before - 1) <= CLOSE:
         raise RunError(
-            f"merged into its base, {name} has a perplexity of {after:.3f}, by itself {before:.3f}; "
-            "nothing is written. Weights of fewer bits round more: export the adapter without --merge"
+            _(
+                "merged into its base, {name} has a perplexity of {after:.3f}, by itself {before:.3f}; "
+                "nothing is written. Weights of fewer bits round more: export the adapter without --merge"
+            ).format(name=name, after=after, before=before)
         )
     with whole_or_not(folder) as half:
         merged.save_pretrained(half)
@@ -73,7 +78,9 @@ def export(run_dir: Path, folder: Path, strategy: str | None, seed: int | None, 
         if card.is_file():
             words = card.read_text(encoding="utf-8")
             words = words.replace("library_name: peft", "library_name: transformers")
-            said = f"Merged into the base: validation perplexity {after:.3f}, of the adapter {before:.3f}.\n"
+            said = _(
+                "Merged into the base: validation perplexity {after:.3f}, of the adapter {before:.3f}.\n"
+            ).format(after=after, before=before)
             (half / CARD).write_text(f"{words}\n{said}", encoding="utf-8")
     return Exported(folder, name, before, after)
 
@@ -109,6 +116,8 @@ def push(folder: Path, name: str) -> str:
     except (HfHubHTTPError, ValueError, OSError) as problem:
         reason = str(problem).strip().splitlines()[0]
         raise RunError(
-            f"{folder} is written, but could not be uploaded to '{name}' ({reason}); log in by "
-            "'hf auth login', and see that the name is owner/name"
+            _(
+                "{folder} is written, but could not be uploaded to '{name}' ({reason}); log in by 'hf "
+                "auth login', and see that the name is owner/name"
+            ).format(folder=folder, name=name, reason=reason)
         ) from problem

@@ -13,6 +13,7 @@ from iterbatch.bench.shared import Shared
 from iterbatch.bench.tracking import Tracking
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import RunError
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.record import BatchRecord, passes_received, read_records
 from iterbatch.records.result import check_records, read_result
@@ -84,13 +85,17 @@ class Job:
         shared, needs = self.shared, strategy.needs
         if needs == GRADIENT_NOISE and len(stream.batch(0).micro_batches) < 2:
             raise RunError(
-                f"{self.label} compares the gradients of micro-batches, and a batch has one; give "
-                "--grad_accum 2 or more, with a smaller --batch_size"
+                _(
+                    "{label} compares the gradients of micro-batches, and a batch has one; give "
+                    "--grad_accum 2 or more, with a smaller --batch_size"
+                ).format(label=self.label)
             )
         pieces = stream.pieces() if needs == PROBE_TEXT else ()
         if needs == PROBE_TEXT and not pieces:
             raise RunError(
-                f"{self.label} measures on probe text, and none was set aside; give --probe_text 0.01"
+                _("{label} measures on probe text, and none was set aside; give --probe_text 0.01").format(
+                    label=self.label
+                )
             )
         base = shared.base_losses.nats if needs == BASE_LOSSES else None
         return Extras(pieces, base, noise=needs == GRADIENT_NOISE)
@@ -116,5 +121,9 @@ class Job:
         folder = layout.arm_folder(run, arm, self.seed if seed is None else seed)
         if not (folder / layout.RESULT).is_file():
             other = f"{arm}/{folder.name}"
-            raise RunError(f"{self.label} is made from {other}, which is not finished; train that arm first")
+            raise RunError(
+                _("{label} is made from {other}, which is not finished; train that arm first").format(
+                    label=self.label, other=other
+                )
+            )
         return folder

@@ -20,6 +20,7 @@ from iterbatch.data.corpus import NAMED, Corpus, Reading, read_corpus, unreachab
 from iterbatch.data.data_loader import BatchStream, set_aside
 from iterbatch.data.windows import EvalText, prepare_eval
 from iterbatch.errors import ConfigError, UserError
+from iterbatch.language import _
 from iterbatch.model.base import ADAPTER, Base, base_digests, load_base
 from iterbatch.model.flops import flop_model, memory_estimate_mb
 from iterbatch.model.lora import adapted_layers
@@ -57,10 +58,16 @@ class Prepared:
         notes = [note if note.startswith(str(source)) else f"{source}: {note}" for note in self.corpus.notes]
         notes += [self.blocks.note] if self.blocks.note else []
         if (Path(self.base.path) / ADAPTER).is_file():
-            notes.append(f"{self.base.path}: an adapter lies beside the base; it is not used")
+            notes.append(
+                _("{path}: an adapter lies beside the base; it is not used").format(path=self.base.path)
+            )
         for split, text in self.texts.items():
             if text.cut:
-                notes.append(f"{source}: the last document of {split} is cut at --max_eval_tokens")
+                notes.append(
+                    _("{source}: the last document of {split} is cut at --max_eval_tokens").format(
+                        source=source, split=split
+                    )
+                )
             if (caution := text.counts.caution(split)) is not None:
                 notes.append(f"{source}: {caution}")
         return notes
@@ -135,7 +142,7 @@ def trackers(names: Sequence[str]) -> list[str]:
 
 def _tracker_problems(config: BenchConfig) -> list[str]:
     return [
-        f"--log_with {name} needs its package: pip install {name}"
+        _("--log_with {name} needs its package: pip install {name}").format(name=name)
         for name in trackers(config.run.log_with)
         if importlib.util.find_spec(name) is None
     ]

@@ -18,6 +18,7 @@ from iterbatch.config import BenchConfig
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.model.base import PRECISION, load_base
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
@@ -67,11 +68,15 @@ def recommend(measured: list[Placement]) -> tuple[Placement, str]:
     if cheap:
         return (
             cheap[0],
-            f"the most layers whose repeats cost at most {CHEAP:g} of a fresh pass, and so do later epochs "
-            "with --reuse epoch",
+            _(
+                "the most layers whose repeats cost at most {cheap:g} of a fresh pass, and so do later "
+                "epochs with --reuse epoch"
+            ).format(cheap=CHEAP),
         )
     best = min(measured, key=lambda placement: placement.price_ratio_measured)
-    return best, f"no placement brings a repeat to {CHEAP:g} of a fresh pass here; this one comes nearest"
+    return best, _(
+        "no placement brings a repeat to {cheap:g} of a fresh pass here; this one comes nearest"
+    ).format(cheap=CHEAP)
 
 
 def measure(
@@ -89,7 +94,11 @@ def measure(
     """
     base = load_base(config)
     if base.layers < 2:
-        raise ConfigError(f"'{config.model_path}' has {base.layers} layer; there is no placement to choose")
+        raise ConfigError(
+            _("'{model_path}' has {layers} layer; there is no placement to choose").format(
+                model_path=config.model_path, layers=base.layers
+            )
+        )
     accelerator = make_accelerator(PRECISION[base.dtype])
     model = load_weights(base, config.model)
     times: dict[str, list[tuple[float, ...]]] = {spec: [] for spec in placements(base.layers)}
@@ -114,7 +123,7 @@ def measure(
             facts.setdefault(spec, figures)
             model = adapted.unload()
             accelerator.free_memory()
-            notify(f"round {done + 1}, --lora_layers {spec}")
+            notify(_("round {done}, --lora_layers {spec}").format(done=done + 1, spec=spec))
     return [_placement(spec, rounds, facts[spec]) for spec, rounds in times.items()]
 
 

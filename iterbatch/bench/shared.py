@@ -18,6 +18,7 @@ from iterbatch.data.data_loader import order_digest
 from iterbatch.errors import RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
 from iterbatch.evaluation.perplexity import Score, score
+from iterbatch.language import N_, _
 from iterbatch.model.base import PRECISION
 from iterbatch.model.compiled import Compiled, compiled
 from iterbatch.model.cut import CutModel
@@ -39,11 +40,11 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 32
 TOGETHER = 64  # prompts continued at once
-OUT_OF_MEMORY = (
-    "out of memory. Records and the last checkpoint are kept: free memory and resume by --resume, or start "
-    "a new run "
-    "with a smaller --batch_size (and more --grad_accum), a smaller --max_length or --eval_batch_size, "
-    "--gradient_checkpointing, adapters on fewer layers (--lora_layers top:N), or --load_in 4bit"
+OUT_OF_MEMORY = N_(
+    "out of memory. Records and the last checkpoint are kept: free memory and resume by --resume, or "
+    "start a new run with a smaller --batch_size (and more --grad_accum), a smaller --max_length or "
+    "--eval_batch_size, --gradient_checkpointing, adapters on fewer layers (--lora_layers top:N), or "
+    "--load_in 4bit"
 )
 
 Between = Callable[[], None]  # called where a run may be stopped
@@ -187,7 +188,11 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
         ):
             cold_start = compiled_for.seconds if compiled_for is not None else 0.0
             if cold_start:
-                listener.note(f"layers compiled in {cold_start:.0f} s, off every arm's clock")
+                listener.note(
+                    _("layers compiled in {cold_start:.0f} s, off every arm's clock").format(
+                        cold_start=cold_start
+                    )
+                )
             plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
             if accelerator.is_main_process and not (run_dir / layout.MANIFEST).exists():
                 content = {**_manifest(prepared, plan), "compile_seconds": cold_start}
@@ -200,7 +205,7 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
     except (MemoryError, RuntimeError) as problem:
         if not _out_of_memory(problem):
             raise
-        raise RunError(OUT_OF_MEMORY) from problem
+        raise RunError(_(OUT_OF_MEMORY)) from problem
 
 
 def _out_of_memory(problem: BaseException) -> bool:

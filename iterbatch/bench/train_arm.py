@@ -28,6 +28,7 @@ from iterbatch.config import Every
 from iterbatch.errors import RunError
 from iterbatch.evaluation.memorisation import memorised, passes_of_blocks
 from iterbatch.evaluation.perplexity import Score
+from iterbatch.language import _
 from iterbatch.model.flops import flop_model
 from iterbatch.model.lora import copy_adapter, reset_adapter, set_adapter
 from iterbatch.records import layout
@@ -225,8 +226,14 @@ def _resumed(job: Job) -> ArmParts | None:
     try:
         if parts.checkpoints.restore():
             ledger = parts.step.ledger
-            where = f"after {ledger.passes} passes on {ledger.batches} batches"
-            job.listener.note(f"{job.arm.name}, seed {job.seed}: resumed {where}")
+            where = _("after {passes} passes on {batches} batches").format(
+                passes=ledger.passes, batches=ledger.batches
+            )
+            job.listener.note(
+                _("{name}, seed {seed}: resumed {where}").format(
+                    name=job.arm.name, seed=job.seed, where=where
+                )
+            )
             return parts
     finally:
         if ledger is None:
@@ -278,7 +285,7 @@ def _until_diverged(job: Job, parts: ArmParts) -> str | None:
         reached = _evaluations_due(step.allowance, step.ledger, training.evals)
         if reached > progress.evaluated:
             progress.evaluated = reached
-            job.listener.doing("scoring validation")
+            job.listener.doing(_("scoring validation"))
             score = shared.score("validation", parts.points.here)
             records.evaluation(score, "validation", reached / training.evals)
         parts.checkpoints.begin()
@@ -295,7 +302,7 @@ def _roll_back(job: Job, parts: ArmParts, reason: str) -> bool:
     if not parts.checkpoints.restore():
         return False
     ledger.keep_spent(before)
-    where = f"back to batch {ledger.batches} with half the learning rate"
+    where = _("back to batch {batches} with half the learning rate").format(batches=ledger.batches)
     job.listener.note(f"{job.label}: {reason.split(';')[0]}; {where}")
     return True
 
@@ -308,7 +315,7 @@ def _finish(job: Job, parts: ArmParts) -> None:
     """Score the end, write adapter and samples, and at last the result, which marks the arm as finished."""
     shared, folder, between = job.shared, job.folder, parts.points.here
     memory = peak_memory_mb()
-    job.listener.doing("scoring validation and test")
+    job.listener.doing(_("scoring validation and test"))
     scores = {split: shared.score(split, between) for split in ("validation", "test")}
     parts.records.evaluation(scores["test"], "test", 1.0)
     if not shared.accelerator.is_main_process:
@@ -320,7 +327,9 @@ def _finish(job: Job, parts: ArmParts) -> None:
     except SafetensorError as problem:  # what safetensors makes of a full disk
         where = folder / layout.ADAPTER
         raise RunError(
-            f"{where} could not be written ({problem}); make room and resume by --resume"
+            _("{where} could not be written ({problem}); make room and resume by --resume").format(
+                where=where, problem=problem
+            )
         ) from problem
     if kept := parts.strategy.keepsake():
         keep_scheduler(folder, kept)
@@ -328,7 +337,7 @@ def _finish(job: Job, parts: ArmParts) -> None:
         name: {"tokens": each.document_tokens, "nats": each.document_nats} for name, each in scores.items()
     }
     write_json(folder / layout.DOCUMENTS, documents)
-    job.listener.doing("writing samples")
+    job.listener.doing(_("writing samples"))
     samples, tokenizer = shared.sample(between), shared.prepared.base.tokenizer
     content = {
         "prompts": [tokenizer.decode(prompt) for prompt in shared.prompts],

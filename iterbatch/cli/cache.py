@@ -13,6 +13,7 @@ from rich.text import Text
 from iterbatch.cli.command import Words
 from iterbatch.config import Knob
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.report.wording import plain
 
 if TYPE_CHECKING:
@@ -41,13 +42,15 @@ class Cache:
             print_stores(console, store.list_stores())
             return 0
         if not self.yes and not _confirmed(console, store.chosen_stores(self.keys)):
-            console.print(Text("Nothing is deleted."))
+            console.print(Text(_("Nothing is deleted.")))
             return 0
         deleted, left = store.clear_stores(self.keys)
         freed = sum(each.gigabytes for each in deleted)
-        console.print(Text(f"{len(deleted)} store(s) deleted, {freed:.3f} GB freed"))
+        console.print(
+            Text(_("{count} store(s) deleted, {freed:.3f} GB freed").format(count=len(deleted), freed=freed))
+        )
         for each in left:
-            console.print(Text(f"{each.key} is in use or holds a link, left alone"))
+            console.print(Text(_("{key} is in use or holds a link, left alone").format(key=each.key)))
         return 0
 
 
@@ -55,12 +58,16 @@ def _confirmed(console: Console, stores: "list[StoreInfo]") -> bool:
     """Ask, where somebody can answer."""
     if not stores:
         return True
-    what = f"{len(stores)} store(s), {sum(each.gigabytes for each in stores):.3f} GB"
+    what = _("{count} store(s), {value:.3f} GB").format(
+        count=len(stores), value=sum(each.gigabytes for each in stores)
+    )
     if not sys.stdin.isatty():
         raise ConfigError(
-            f"`iterbatch cache clear` would delete {what}, and there is nobody to ask; add --yes"
+            _("`iterbatch cache clear` would delete {what}, and there is nobody to ask; add --yes").format(
+                what=what
+            )
         )
-    return Confirm.ask(f"Delete {what}?", console=console, default=False)
+    return Confirm.ask(_("Delete {what}?").format(what=what), console=console, default=False)
 
 
 def print_stores(console: Console, stores: "list[StoreInfo]") -> None:
@@ -68,11 +75,14 @@ def print_stores(console: Console, stores: "list[StoreInfo]") -> None:
     from iterbatch.reuse.store import stores_folder
 
     if not stores:
-        console.print(Text(f"No activations are kept in {stores_folder()}."))
+        console.print(
+            Text(_("No activations are kept in {stores_folder}.").format(stores_folder=stores_folder()))
+        )
         return
     table = Table(title=Text(str(stores_folder())))
-    for column in ("key", "model", "text", "frozen layers", "dtype", "stored", "GB", "in use"):
-        table.add_column(column, justify="right" if column in ("stored", "GB") else "left")
+    columns = (_("key"), _("model"), _("text"), _("frozen layers"), "dtype", _("stored"), "GB", _("in use"))
+    for column in columns:
+        table.add_column(column, justify="right" if column in (_("stored"), "GB") else "left")
     for each in stores:
         header, key = each.header, each.header.get("key")
         key = key if isinstance(key, dict) else {}
@@ -90,7 +100,8 @@ def print_stores(console: Console, stores: "list[StoreInfo]") -> None:
     console.print(table)
     console.print(
         Text(
-            f"{sum(each.gigabytes for each in stores):.3f} GB in all. iterbatch cache clear [KEY ...] frees "
-            "it."
+            _("{value:.3f} GB in all. iterbatch cache clear [KEY ...] frees it.").format(
+                value=sum(each.gigabytes for each in stores)
+            )
         )
     )

@@ -8,6 +8,7 @@ from rich.text import Text
 from iterbatch.cli.command import Words, check_ranges, exit_code, print_answers
 from iterbatch.cli.progress import StudyProgress, plan_table
 from iterbatch.flags import CompareFlags
+from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
 from iterbatch.study.pairs import Study
 from iterbatch.study.study_file import load_study, study_of_flags
@@ -39,7 +40,7 @@ class Compare(CompareFlags):
                     study, run_dir, self.workers, bars.notify, bars.show, overwrite=self.run.overwrite
                 )
         except KeyboardInterrupt as stopped:
-            console.print(Text("Stopped. The same command goes on, each pair from its last checkpoint."))
+            console.print(Text(_("Stopped. The same command goes on, each pair from its last checkpoint.")))
             return exit_code(stopped)
         print_answers(console, cells, run_dir)
         return 0

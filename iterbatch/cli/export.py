@@ -10,6 +10,7 @@ from rich.text import Text
 
 from iterbatch.cli.command import Words
 from iterbatch.config import Knob
+from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
 from iterbatch.report.wording import plain
 
@@ -38,11 +39,21 @@ class Export:
         from iterbatch.bench.export import export, push
 
         done = export(self.run_dir, self.to, self.strategy, self.seed, merge=self.merge)
-        console.print(Text(plain(f"{done.arm} of {self.run_dir} is in {done.folder}")))
+        console.print(
+            Text(
+                plain(
+                    _("{arm} of {run_dir} is in {folder}").format(
+                        arm=done.arm, run_dir=self.run_dir, folder=done.folder
+                    )
+                )
+            )
+        )
         if done.merged_ppl is not None:
             console.print(
-                f"validation perplexity: merged {done.merged_ppl:.3f}, of the adapter {done.adapter_ppl:.3f}"
+                _("validation perplexity: merged {merged_ppl:.3f}, of the adapter {adapter_ppl:.3f}").format(
+                    merged_ppl=done.merged_ppl, adapter_ppl=done.adapter_ppl
+                )
             )
         if self.push_to_hub is not None:
-            console.print(Text(plain(f"uploaded to {push(self.to, self.push_to_hub)}")))
+            console.print(Text(plain(_("uploaded to {push}").format(push=push(self.to, self.push_to_hub)))))
         return 0

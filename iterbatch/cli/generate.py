@@ -10,6 +10,7 @@ from rich.text import Text
 
 from iterbatch.cli.command import Words, check_ranges
 from iterbatch.config import Knob
+from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
 from iterbatch.report.wording import plain
 
@@ -49,6 +50,8 @@ class Generate:
             greedy=self.greedy,
             trust_remote_code=self.trust_remote_code,
         )
-        Console(stderr=True).print(Text(f"adapter of {plain(name)}", style="dim"))  # apart from the text
+        Console(stderr=True).print(
+            Text(_("adapter of {name}").format(name=plain(name)), style="dim")
+        )  # apart from the text
         console.print(Text(plain(text)), soft_wrap=True)
         return 0

@@ -14,6 +14,7 @@ from rich.text import Text
 from iterbatch.cli.command import Words
 from iterbatch.config import Knob
 from iterbatch.errors import RunError, UserError
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.report.comparison import CellScores, cells_of
 from iterbatch.report.wording import number, plain
@@ -29,18 +30,25 @@ class ListRuns:
     def execute(self, words: Words, console: Console) -> int:
         """Print a row a run."""
         if not self.folder.is_dir():
-            raise RunError(f"{self.folder} is not a folder; give the one that --save_dir named")
+            raise RunError(
+                _("{folder} is not a folder; give the one that --save_dir named").format(folder=self.folder)
+            )
         found = [each for each in self.folder.iterdir() if _is_run(each)]
         if not found:
-            console.print(Text(f"{self.folder} holds no run yet; `iterbatch train` makes one."))
+            console.print(
+                Text(_("{folder} holds no run yet; `iterbatch train` makes one.").format(folder=self.folder))
+            )
             return 0
         table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        for column in ("run", "begun", "done", "best arm", "test perplexity"):
-            table.add_column(column, justify="right" if column in ("done", "test perplexity") else "left")
+        for column in (_("run"), _("begun"), _("done"), _("best arm"), _("test perplexity")):
+            right = column in (_("done"), _("test perplexity"))
+            table.add_column(column, justify="right" if right else "left")
         for row in sorted(map(_row, found), key=lambda row: row[1], reverse=True):
             table.add_row(*(Text(plain(cell)) for cell in row))
         console.print(table)
-        console.print(Text(f"`iterbatch report {self.folder}/RUN` tells what one says."))
+        console.print(
+            Text(_("`iterbatch report {folder}/RUN` tells what one says.").format(folder=self.folder))
+        )
         return 0
 
 
@@ -56,7 +64,7 @@ def _row(folder: Path) -> tuple[str, str, str, str, str]:
         return folder.name, _begun([folder]), "damaged", "", ""
     ended = sum(len(arm.seeds) for cell in cells for arm in cell.arms)
     whole = ended + sum(len(cell.open) for cell in cells)
-    state = " in training" if is_locked(folder) else ""
+    state = _(" in training") if is_locked(folder) else ""
     name, ppl = _best(cells)
     return folder.name, _begun([cell.run_dir for cell in cells]), f"{ended}/{whole}{state}", name, ppl
 

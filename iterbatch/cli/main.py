@@ -27,23 +27,33 @@ from iterbatch.cli import (
 )
 from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words, exit_code
 from iterbatch.errors import ConfigError, UserError, did_you_mean
+from iterbatch.language import LANGUAGES, N_, _, of_the_system, use
 from iterbatch.report.wording import plain
 
 COMMANDS: dict[str, tuple[type[Command], str]] = {
-    "train": (train.Train, "Train LLaMA + LoRA with every strategy and compare perplexity and cost."),
-    "compare": (compare.Compare, "Train arms by seeds at the same budget, score them, and write a report."),
-    "tune": (tune.Tune, "Find the learning rate of every arm of a study, and write it into the study file."),
-    "report": (report.Report, "Write the report of a run or a comparison anew, from its records alone."),
-    "list": (list_runs.ListRuns, "Show the runs and comparisons of a folder."),
-    "power": (power.Power, "How many seeds it takes to find an effect, from the spread of a comparison."),
-    "generate": (generate.Generate, "Continue a text with a trained adapter."),
-    "export": (export.Export, "Write a trained adapter with its card to a folder, or merged into its base."),
+    "train": (train.Train, N_("Train LLaMA + LoRA with every strategy and compare perplexity and cost.")),
+    "compare": (
+        compare.Compare,
+        N_("Train arms by seeds at the same budget, score them, and write a report."),
+    ),
+    "tune": (
+        tune.Tune,
+        N_("Find the learning rate of every arm of a study, and write it into the study file."),
+    ),
+    "report": (report.Report, N_("Write the report of a run or a comparison anew, from its records alone.")),
+    "list": (list_runs.ListRuns, N_("Show the runs and comparisons of a folder.")),
+    "power": (power.Power, N_("How many seeds it takes to find an effect, from the spread of a comparison.")),
+    "generate": (generate.Generate, N_("Continue a text with a trained adapter.")),
+    "export": (
+        export.Export,
+        N_("Write a trained adapter with its card to a folder, or merged into its base."),
+    ),
     "price": (
         price.Price,
-        "Measure what fresh passes and repeats cost on this machine, by placement of the adapters.",
+        N_("Measure what fresh passes and repeats cost on this machine, by placement of the adapters."),
     ),
-    "new-strategy": (new_strategy.NewStrategy, "Write a strategy of your own to begin with."),
-    "cache": (cache.Cache, "Show and free the activations that --reuse epoch keeps."),
+    "new-strategy": (new_strategy.NewStrategy, N_("Write a strategy of your own to begin with.")),
+    "cache": (cache.Cache, N_("Show and free the activations that --reuse epoch keeps.")),
 }
 EXAMPLES = {  # of the help of a command
     "train": (
@@ -66,7 +76,7 @@ EXAMPLES = {  # of the help of a command
     "new-strategy": ("iterbatch new-strategy TwiceWhenHard",),
     "cache": ("iterbatch cache list", "iterbatch cache clear --yes"),
 }
-DESCRIPTION = (
+DESCRIPTION = N_(
     "How many times should each batch be trained, and did it pay? iterbatch train without flags runs offline."
 )
 
@@ -78,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> int:
         Its exit code: 0, 2 for bad input or trouble that the user can mend, 130 after Ctrl-C, 143
         after SIGTERM.
     """
-    given = list(sys.argv[1:] if words is None else words)
+    given = speak(list(sys.argv[1:] if words is None else words))
     for stream in (sys.stdout, sys.stderr):  # a Windows console may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -86,13 +96,33 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return _run(given, console)
     except KeyboardInterrupt as stopped:  # before or after what a command does about it itself
-        _complain(errors, "interrupted")
+        _complain(errors, _("interrupted"))
         return exit_code(stopped)
     except UserError as problem:
         _complain(errors, str(problem))
     except OSError as problem:
         _complain(errors, f"{problem.filename or 'a file'}: {problem.strerror or problem}")
     return EXIT_BAD_INPUT
+
+
+def speak(words: list[str]) -> list[str]:
+    """Use the language that ``--lang`` names, or the system's; returns the other words.
+
+    Processes that are started from here speak it, too.
+    """
+    left, asked, coming = [], "", iter(words)
+    for word in coming:
+        if word == "--lang":
+            asked = next(coming, "")
+        elif word.startswith("--lang="):
+            asked = word.removeprefix("--lang=")
+        else:
+            left.append(word)
+    if asked and asked not in LANGUAGES:
+        asked, left = "", [*left, "--lang", asked]  # which the parser refuses, with what is allowed
+    os.environ["ITERBATCH_LANG"] = asked or of_the_system()
+    use(os.environ["ITERBATCH_LANG"])
+    return left
 
 
 class _Console(Console):
@@ -110,7 +140,9 @@ def _run(given: list[str], console: Console) -> int:
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         allowed = ", ".join(COMMANDS)
         raise ConfigError(
-            f"unknown command '{given[0]}'; choose from {allowed}{did_you_mean(given[0], COMMANDS)}"
+            _("unknown command '{given}'; choose from {allowed}{near}").format(
+                given=given[0], allowed=allowed, near=did_you_mean(given[0], COMMANDS)
+            )
         )
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name, description=_described(name, given), prefix_name=False)]
@@ -118,7 +150,7 @@ def _run(given: list[str], console: Console) -> int:
     ]
     union: Any = Union[tuple(kinds)]  # noqa: UP007
     command = tyro.cli(
-        union, args=given or ["--help"], prog="iterbatch", description=DESCRIPTION, use_underscores=True
+        union, args=given or ["--help"], prog="iterbatch", description=_(DESCRIPTION), use_underscores=True
     )
     return command.execute(Words(given[0], given[1:]), console)
 
@@ -127,15 +159,14 @@ def _described(name: str, given: list[str]) -> str:
     """What a command is for; with examples in its own help."""
     kind, purpose = COMMANDS[name]
     if given[:1] != [name]:
-        return purpose
-    return "\n\n".join(
-        [inspect.getdoc(kind) or purpose, "Examples:\n" + "\n".join(f"  {each}" for each in EXAMPLES[name])]
-    )
+        return _(purpose)
+    examples = "\n".join(f"  {each}" for each in EXAMPLES[name])
+    return "\n\n".join([_(inspect.getdoc(kind) or purpose), f"{_('Examples:')}\n{examples}"])
 
 
 def _complain(errors: Console, problem: str) -> None:
     errors.print(
-        Text("error: ", style="bold red"), Text(plain(problem)), sep=""
+        Text(_("error: "), style="bold red"), Text(plain(problem)), sep=""
     )  # a message may quote a file
 
 

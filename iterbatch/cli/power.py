@@ -14,6 +14,7 @@ from rich.text import Text
 from iterbatch.cli.command import Words, check_ranges
 from iterbatch.config import Knob
 from iterbatch.errors import RunError
+from iterbatch.language import N_, _
 from iterbatch.report import stats
 from iterbatch.report.comparison import CellScores, Comparison, read_cells
 from iterbatch.report.wording import plain
@@ -39,12 +40,19 @@ class Power:
         return 0
 
 
-COLUMNS = ("cell", "arm", "seeds so far", "spread over seeds", "error from documents", "seeds needed")
-READING = (
-    "Spread: standard deviation over seeds of the difference of log test perplexity to the baseline; with "
-    "few seeds it is rough. Error from documents: what no number of seeds takes away; where it hides the "
-    "effect, score on more text (--max_eval_tokens). For one arm alone: with several, Holm's correction asks "
-    "for more."
+COLUMNS = (
+    N_("cell"),
+    N_("arm"),
+    N_("seeds so far"),
+    N_("spread over seeds"),
+    N_("error from documents"),
+    N_("seeds needed"),
+)
+READING = N_(
+    "Spread: standard deviation over seeds of the difference of log test perplexity to the baseline; "
+    "with few seeds it is rough. Error from documents: what no number of seeds takes away; where it "
+    "hides the effect, score on more text (--max_eval_tokens). For one arm alone: with several, "
+    "Holm's correction asks for more."
 )
 
 
@@ -54,21 +62,25 @@ def print_power(console: Console, cells: Sequence[CellScores], effect: float, po
     Raises:
         RunError: where no arm has two seeds that the baseline has too.
     """
-    size = f"a difference of {effect:g} nats a token with a chance of {power:.0%}"
-    table = Table(title=Text(f"Seeds to find {size}, at 5% two-sided"))
+    size = _("a difference of {effect:g} nats a token with a chance of {power:.0%}").format(
+        effect=effect, power=power
+    )
+    table = Table(title=Text(_("Seeds to find {size}, at 5% two-sided").format(size=size)))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("cell", "arm") else "right")
+        table.add_column(_(column), justify="left" if column in ("cell", "arm") else "right")
     for cell in cells:
         for each in cell.against_baseline:
             if not math.isnan(each.deviation):
                 table.add_row(*map(Text, _row(cell, each, effect, power)))
     if not table.rows:
         raise RunError(
-            "there is no arm with two seeds that the baseline has too; the spread over seeds cannot be "
-            "known from fewer"
+            _(
+                "there is no arm with two seeds that the baseline has too; the spread over seeds cannot "
+                "be known from fewer"
+            )
         )
     console.print(table)
-    console.print(Text(READING))
+    console.print(Text(_(READING)))
 
 
 def _row(cell: CellScores, each: Comparison, effect: float, power: float) -> tuple[str, ...]:
@@ -76,6 +88,6 @@ def _row(cell: CellScores, each: Comparison, effect: float, power: float) -> tup
     needed = stats.seeds_needed(each.deviation, effect, power, document_error=error, documents=documents)
     shown = f"{needed:,}"
     if needed > stats.MOST_SEEDS:
-        shown = "more text" if error else f"more than {stats.MOST_SEEDS:,}"
+        shown = _("more text") if error else _("more than {most_seeds:,}").format(most_seeds=stats.MOST_SEEDS)
     spread = f"{each.deviation:.4f}"
     return plain(cell.name), plain(each.arm), str(len(each.seeds)), spread, f"{error:.4f}", shown

@@ -14,6 +14,7 @@ from iterbatch.checks import check
 from iterbatch.cli.command import Words, check_ranges
 from iterbatch.config import BenchConfig, DataConfig, Knob, ModelConfig, TrainingConfig, knobs_of
 from iterbatch.flags import Group
+from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Price:
             content = as_json(measure(config, self.seconds), config)
             sys.stdout.write(json.dumps(content, indent=2) + "\n")  # plain, for another program
             return 0
-        with console.status("loading the model") as status:
+        with console.status(_("loading the model")) as status:
             measured = measure(config, self.seconds, status.update)
         print_prices(console, measured, config)
         return 0
@@ -61,18 +62,24 @@ def print_prices(console: Console, measured: "Sequence[Placement]", config: Benc
 
     training = config.training
     micro = f" x {training.grad_accum}" if training.grad_accum > 1 else ""
-    size = f"batch {training.batch_size}{micro} x {config.max_length}"
-    table = Table(title=f"Price of a pass, {size}, median of {measured[0].rounds} rounds")
+    size = _("batch {size}{micro} x {length}").format(
+        size=training.batch_size, micro=micro, length=config.max_length
+    )
+    table = Table(
+        title=_("Price of a pass, {size}, median of {rounds} rounds").format(
+            size=size, rounds=measured[0].rounds
+        )
+    )
     for column in (
         "--lora_layers",
-        "fresh ms",
-        "repeat ms",
-        "rho measured",
-        "rho in FLOPs",
-        "prefix ms",
-        "evaluation ms",
-        "peak MB",
-        "trained",
+        _("fresh ms"),
+        _("repeat ms"),
+        _("rho measured"),
+        _("rho in FLOPs"),
+        _("prefix ms"),
+        _("evaluation ms"),
+        _("peak MB"),
+        _("trained"),
     ):
         table.add_column(column, justify="left" if column.startswith("--") else "right")
     for each in measured:
@@ -87,10 +94,18 @@ def print_prices(console: Console, measured: "Sequence[Placement]", config: Benc
         table.add_row(each.lora_layers, *times, *ratios, *rest)
     console.print(table)
     chosen, reason = recommend(list(measured))
-    console.print(Text(f"Recommended: --lora_layers {chosen.lora_layers} ({reason})."))
     console.print(
         Text(
-            "Fewer adapted layers also learn less: compare perplexities at equal compute, with a higher "
-            "--lora_rank, before you settle."
+            _("Recommended: --lora_layers {lora_layers} ({reason}).").format(
+                lora_layers=chosen.lora_layers, reason=reason
+            )
+        )
+    )
+    console.print(
+        Text(
+            _(
+                "Fewer adapted layers also learn less: compare perplexities at equal compute, with a "
+                "higher --lora_rank, before you settle."
+            )
         )
     )

@@ -20,6 +20,7 @@ from rich.text import Text
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan
 from iterbatch.config import BenchConfig
+from iterbatch.language import _
 from iterbatch.records.course import Course, about
 from iterbatch.records.machine import busy
 from iterbatch.records.record import BatchRecord, EvalRecord
@@ -48,7 +49,7 @@ class RichListener(Listener):
             TaskProgressColumn(),
             TextColumn("{task.fields[shown]}", markup=False, table_column=_one_line()),
             *([TimeElapsedColumn()] if wide else []),
-            TextColumn("left"),
+            TextColumn(_("left")),
             TimeRemainingColumn(compact=not wide),
             console=console,
             disable=not console.is_terminal or config.run.quiet,
@@ -78,11 +79,22 @@ class RichListener(Listener):
         """Print what is about to happen."""
         self.run_dir = run_dir
         self._print(
-            f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trainable_parameters / 1e6:,.2f} M of "
-            f"them trained; {plan.blocks:,} blocks of {plan.max_length} tokens, "
-            f"loss on {_loss_on(plan)}; "
-            f"{plan.batches:,} batches an arm, {self.arms} arm(s){_lasting(plan, self.config, self.arms)}; "
-            f"{at_work()}; to {run_dir}"
+            _(
+                "{parameters:,.1f} M parameters, {trainable_parameters:,.2f} M of them trained; "
+                "{blocks:,} blocks of {max_length} tokens, loss on {loss_on}; {batches:,} batches an "
+                "arm, {arms} arm(s){lasting}; {at_work}; to {run_dir}"
+            ).format(
+                parameters=plan.parameters / 1e6,
+                trainable_parameters=plan.trainable_parameters / 1e6,
+                blocks=plan.blocks,
+                max_length=plan.max_length,
+                loss_on=_loss_on(plan),
+                batches=plan.batches,
+                arms=self.arms,
+                lasting=_lasting(plan, self.config, self.arms),
+                at_work=at_work(),
+                run_dir=run_dir,
+            )
         )
         if (crowd := busy()) is not None:
             self.note(crowd)
@@ -102,11 +114,15 @@ class RichListener(Listener):
         self._passes += record.repeats_done
         self._batches += 1
         if record.skipped_updates:
-            self.note(f"batch {record.batch}: loss or gradient not finite, update skipped")
-        shown = f"loss {record.initial_loss:.3f}"
+            self.note(
+                _("batch {batch}: loss or gradient not finite, update skipped").format(batch=record.batch)
+            )
+        shown = _("loss {loss:.3f}").format(loss=record.initial_loss)
         if self._wide:
             rate = self._tokens / self._seconds if self._seconds else 0.0
-            shown = f"batch {record.batch + 1}  {shown}  {self._passes / self._batches:.2f} passes a batch"
+            shown = _("batch {batch}  {shown}  {passes:.2f} passes a batch").format(
+                batch=record.batch + 1, shown=shown, passes=self._passes / self._batches
+            )
             shown += f"  {rate:,.0f} tokens/s"
         self.progress.update(self._task, completed=min(fraction, 1.0), shown=shown)
         now = time.monotonic()
@@ -121,19 +137,27 @@ class RichListener(Listener):
 
     def arm_done(self, result: ArmResult) -> None:
         """Leave its line with the result."""
-        ppl = f"{result.val_ppl:,.3f}" if math.isfinite(result.val_ppl) else "not finite"
-        shown = f"val. perplexity {ppl}"
-        shown += f", {result.mean_repeats:.2f} passes a batch" if self._wide else ""
+        ppl = f"{result.val_ppl:,.3f}" if math.isfinite(result.val_ppl) else _("not finite")
+        shown = _("val. perplexity {ppl}").format(ppl=ppl)
+        shown += (
+            _(", {mean_repeats:.2f} passes a batch").format(mean_repeats=result.mean_repeats)
+            if self._wide
+            else ""
+        )
         self.progress.update(self._task, completed=1.0, shown=shown)
         if not self.console.is_terminal:
             self._print(f"{self._name}: {shown}, {time.monotonic() - self._begun:,.0f} s")
         if result.stopped:
-            self.note(f"{result.strategy} stopped early: {result.stopped}")
+            self.note(
+                _("{strategy} stopped early: {stopped}").format(
+                    strategy=result.strategy, stopped=result.stopped
+                )
+            )
 
     def evaluated(self, record: EvalRecord) -> None:
         """Show the first evaluation, the base's."""
         if record.fraction == 0 and self._started == 1:
-            self._print(f"validation perplexity before training: {record.ppl:,.3f}")
+            self._print(_("validation perplexity before training: {ppl:,.3f}").format(ppl=record.ppl))
 
 
 class StudyProgress:
@@ -173,18 +197,22 @@ class StudyProgress:
         """Move the bars."""
         left = "" if course.left_s is None else f"{about(course.left_s)} left"
         spent = course.ended + sum(each.fraction for each in course.running)
-        self._bar("all runs", f"{course.ended}/{course.pairs}  {left}", spent / course.pairs)
+        self._bar(_("all runs"), f"{course.ended}/{course.pairs}  {left}", spent / course.pairs)
         for each in course.running:
-            loss = "" if each.loss is None else f"loss {each.loss:.3f}"
+            loss = "" if each.loss is None else _("loss {loss:.3f}").format(loss=each.loss)
             self._bar(each.name, each.doing or loss, each.fraction)
-        running = {"all runs", *(each.name for each in course.running)}
+        running = {_("all runs"), *(each.name for each in course.running)}
         for name in [name for name in self._tasks if name not in running]:
             self.progress.remove_task(self._tasks.pop(name))
         if not self.console.is_terminal and time.monotonic() - self._said >= EVERY_S:
             self._said = time.monotonic()
             pairs = ", ".join(f"{each.name} {each.fraction:.0%}" for each in course.running)
             time_left = f", {left}" if left else ""
-            self.notify(f"{course.ended} of {course.pairs} runs{time_left}; in training: {pairs}")
+            self.notify(
+                _("{ended} of {pairs} runs{time_left}; in training: {pairs2}").format(
+                    ended=course.ended, pairs=course.pairs, time_left=time_left, pairs2=pairs
+                )
+            )
 
     def _bar(self, name: str, shown: str, fraction: float) -> None:
         if name not in self._tasks:
@@ -204,7 +232,9 @@ def at_work() -> str:
 
     processes, threads = count(), torch.get_num_threads()
     several = "es" if processes > 1 else ""
-    return f"{processes} process{several} of {threads} thread{'s' if threads > 1 else ''}"
+    return _("{processes} process{several} of {threads} thread{plural}").format(
+        processes=processes, several=several, threads=threads, plural="s" if threads > 1 else ""
+    )
 
 
 def _loss_on(plan: Plan) -> str:
@@ -216,16 +246,20 @@ def _loss_on(plan: Plan) -> str:
 
 def _scored(plan: Plan, split: str) -> str:
     silent = plan.without_loss[split]
-    return f"{plan.scored[split]}, {silent:,} more without loss" if silent > 0 else f"{plan.scored[split]}"
+    return (
+        _("{scored}, {silent:,} more without loss").format(scored=plan.scored[split], silent=silent)
+        if silent > 0
+        else f"{plan.scored[split]}"
+    )
 
 
 def _lasting(plan: Plan, config: BenchConfig, shares: float) -> str:
     """How long training will take; empty where that is not known."""
     if not math.isfinite(plan.seconds):
         return ""
-    least = "at least " if config.training.match == "epochs" else ""
+    least = _("at least ") if config.training.match == "epochs" else ""
     whole = plan.seconds * shares * config.training.budget_share
-    return f", {least}about {about(whole)} of training"
+    return _(", {least}about {about} of training").format(least=least, about=about(whole))
 
 
 def plan_table(plan: Plan, config: BenchConfig, shares: float = 0.0, arms: int = 0) -> Table:
@@ -239,21 +273,29 @@ def plan_table(plan: Plan, config: BenchConfig, shares: float = 0.0, arms: int =
     """
     strategies, seeds = len(config.strategy.strategies), len(config.training.seeds)
     lasting = _lasting(plan, config, (shares or strategies) * seeds).removeprefix(", ")
-    table = Table(title="Plan (one baseline arm; repeats come on top)", show_header=False)
+    table = Table(title=_("Plan (one baseline arm; repeats come on top)"), show_header=False)
     rows = {
-        "parameters": f"{plan.parameters:,} ({plan.trainable_parameters:,} trained)",
-        "training text": f"{plan.documents:,} documents, {plan.blocks:,} blocks of {plan.max_length} tokens",
-        "loss on": _loss_on(plan),
-        "batches": f"{plan.batches:,}",
-        "updates": f"{plan.batches:,}",
-        "tokens": f"{plan.tokens:,} that the loss is on",
-        "compute": f"{plan.flops / 1e9:,.1f} GFLOPs",
-        "price ratio of a repeat": f"{plan.price_ratio:.2f}",
-        "peak memory, estimated": f"{plan.memory_mb:,.0f} MB",
-        **{f"scored of {split}": _scored(plan, split) for split in plan.scored},
-        "processes": at_work(),
-        "arms": f"{arms or strategies} arms x {seeds} seeds",
-        "time, estimated": f"{about(plan.seconds)} an arm; {lasting}" if lasting else "not known",
+        _("parameters"): _("{parameters:,} ({trained:,} trained)").format(
+            parameters=plan.parameters, trained=plan.trainable_parameters
+        ),
+        _("training text"): _("{documents:,} documents, {blocks:,} blocks of {max_length} tokens").format(
+            documents=plan.documents, blocks=plan.blocks, max_length=plan.max_length
+        ),
+        _("loss on"): _loss_on(plan),
+        _("batches"): f"{plan.batches:,}",
+        _("updates"): f"{plan.batches:,}",
+        _("tokens"): _("{tokens:,} that the loss is on").format(tokens=plan.tokens),
+        _("compute"): f"{plan.flops / 1e9:,.1f} GFLOPs",
+        _("price ratio of a repeat"): f"{plan.price_ratio:.2f}",
+        _("peak memory, estimated"): f"{plan.memory_mb:,.0f} MB",
+        **{_("scored of {split}").format(split=split): _scored(plan, split) for split in plan.scored},
+        _("processes"): at_work(),
+        _("arms"): _("{arms} arms x {seeds} seeds").format(arms=arms or strategies, seeds=seeds),
+        _("time, estimated"): _("{about} an arm; {lasting}").format(
+            about=about(plan.seconds), lasting=lasting
+        )
+        if lasting
+        else _("not known"),
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -10,6 +10,7 @@ from rich.console import Console
 from iterbatch.cli.command import Words, print_answers
 from iterbatch.config import Knob
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.report import page
 
 
@@ -38,13 +39,13 @@ class Report:
     def execute(self, words: Words, console: Console) -> int:
         """Write it, and print its answers."""
         if not self.run_dirs:
-            raise ConfigError("give the folder of a run, or of several; `iterbatch list` shows them")
+            raise ConfigError(_("give the folder of a run, or of several; `iterbatch list` shows them"))
         first = self.run_dirs[0]
         if len(self.run_dirs) == 1 and self.out is None:
             print_answers(console, page.write(first, self.mauve), first)
             return 0
         if self.mauve is not None:
-            raise ConfigError("--mauve is for one run at a time; score each one first")
+            raise ConfigError(_("--mauve is for one run at a time; score each one first"))
         folder = self.out or first.resolve().with_name(
             "+".join(each.resolve().name for each in self.run_dirs)
         )

@@ -14,6 +14,7 @@ from iterbatch.cli.progress import WIDE, RichListener, plan_table
 from iterbatch.config import BenchConfig
 from iterbatch.errors import UserError, typed
 from iterbatch.flags import TrainFlags, parse_config
+from iterbatch.language import _
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.quiet import quiet_libraries
 from iterbatch.records import layout
@@ -71,9 +72,9 @@ def _train(config: BenchConfig, console: Console) -> int:
 def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
     """Table, what to keep in mind, the folder, and what to try next."""
     chosen = summary.COLUMNS if console.width >= WIDE else summary.NARROW
-    table = Table(title="Result", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=_("Result"), box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column in chosen:
-        table.add_column(column, justify="left" if column == "strategy" else "right", overflow="fold")
+        table.add_column(_(column), justify="left" if column == "strategy" else "right", overflow="fold")
     for row in summary.rows(cell):
         shown = dict(zip(summary.COLUMNS, row, strict=True))
         table.add_row(*(Text(plain(shown[column])) for column in chosen))
@@ -82,8 +83,16 @@ def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
         console.print(Text(f"Scored: {scored}."))
     for caution in cautions(cell):
         console.print(Text(plain(caution)))
-    begin = f"begin with {layout.REPORT} or {layout.SUMMARY_PAGE}"
-    console.print(Text(f"Records, adapters, samples and figures are in {run_dir} ({begin})."))
+    begin = _("begin with {report} or {summary_page}").format(
+        report=layout.REPORT, summary_page=layout.SUMMARY_PAGE
+    )
+    console.print(
+        Text(
+            _("Records, adapters, samples and figures are in {run_dir} ({begin}).").format(
+                run_dir=run_dir, begin=begin
+            )
+        )
+    )
     command = typed("iterbatch", "generate", run_dir, "--prompt", _prompt(cell))
     console.print(Text(f"Next: {command}"), soft_wrap=True)
 
@@ -100,7 +109,9 @@ def _prompt(cell: CellScores) -> str:
 
 def _say_how_to_resume(console: Console, run_dir: Path | None) -> None:
     if run_dir is None:
-        console.print("Interrupted before the run began.")
+        console.print(_("Interrupted before the run began."))
         return
-    how = f"Interrupted. To resume where it stopped:\n  {typed('iterbatch', 'train', '--resume', run_dir)}"
+    how = _("Interrupted. To resume where it stopped:\n  {typed}").format(
+        typed=typed("iterbatch", "train", "--resume", run_dir)
+    )
     console.print(Text(how), soft_wrap=True)

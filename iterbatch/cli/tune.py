@@ -10,6 +10,7 @@ from rich.text import Text
 
 from iterbatch.cli.command import Words, check_ranges, exit_code, printer
 from iterbatch.config import Knob
+from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
 
 
@@ -37,6 +38,6 @@ class Tune:
         try:
             tune(self.study, self.save_dir, self.workers, printer(console))
         except KeyboardInterrupt as stopped:
-            console.print(Text("Stopped. The same command resumes it."))
+            console.print(Text(_("Stopped. The same command resumes it.")))
             return exit_code(stopped)
         return 0

@@ -17,6 +17,7 @@ from iterbatch.data.cache import cache_folder
 from iterbatch.data.documents import Document
 from iterbatch.data.tokens import Tokens, begin_of_text, tokenize, tokenizer_digest
 from iterbatch.errors import DataError
+from iterbatch.language import _
 from iterbatch.records.seal import file_digest
 from iterbatch.records.write import read_json, write_json
 
@@ -86,7 +87,9 @@ def prepare_blocks(
             _cut(Path(scratch), total // max_length, max_length, dtype, files)
         write_json(seal, _digests(files))
     ids, trained = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
-    damaged = f"{files[0]} was changed or cut short on disk; the blocks are prepared anew"
+    damaged = _("{files} was changed or cut short on disk; the blocks are prepared anew").format(
+        files=files[0]
+    )
     return Blocks(ids, trained, damaged if there and not whole else "")
 
 
@@ -99,11 +102,11 @@ def _digests(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _too_short(total: int, max_length: int, max_tokens: int | None) -> str:
-    more = " or a larger --max_train_tokens" if max_tokens is not None and max_tokens < max_length else ""
-    return (
-        f"the training text has {total} tokens, fewer than one block of {max_length}; give more text or a "
-        f"smaller --max_length{more}"
-    )
+    more = _(" or a larger --max_train_tokens") if max_tokens is not None and max_tokens < max_length else ""
+    return _(
+        "the training text has {total} tokens, fewer than one block of {max_length}; give more text "
+        "or a smaller --max_length{more}"
+    ).format(total=total, max_length=max_length, more=more)
 
 
 def _packed(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
@@ -142,7 +145,7 @@ def _cut(scratch: Path, blocks: int, length: int, dtype: Any, files: list[Path])
     count = sum(map(np.count_nonzero, kept))
     del trained  # Windows cannot remove a file that is still mapped
     if not count:
-        raise DataError("the loss is on no token of the training text; give --loss_on all")
+        raise DataError(_("the loss is on no token of the training text; give --loss_on all"))
     for name, kind, file in (("ids", dtype, files[0]), ("trained", bool, files[1])):
         raw = np.memmap(scratch / name, dtype=kind, mode="r", shape=(blocks, length))
         with (scratch / file.name).open("wb") as stream:

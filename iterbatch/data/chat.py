@@ -15,6 +15,7 @@ from iterbatch.data.documents import Document, Span, within
 from iterbatch.data.forms import Chat, Form, Message, Pair, Plain
 from iterbatch.data.template import Template
 from iterbatch.errors import DataError
+from iterbatch.language import _
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,8 +66,10 @@ class Writer:
         if isinstance(form, Plain):
             if self.on(form) != "all":
                 raise DataError(
-                    f"--loss_on {self.loss_on} needs rows that say who answers what, and this one is a text "
-                    "only; give --loss_on all"
+                    _(
+                        "--loss_on {loss_on} needs rows that say who answers what, and this one is a "
+                        "text only; give --loss_on all"
+                    ).format(loss_on=self.loss_on)
                 )
             return Document.of(form.text, literal=self._literal)
         if isinstance(form, Pair):
@@ -193,6 +196,8 @@ def _answer(messages: Sequence[Message], number: int, text: str, render: Render)
         if stop >= start + len(words) and text.startswith(tail, stop):
             return start, stop + len(tail)
     raise DataError(
-        f"the chat template writes message {number + 1} so that the answer cannot be told apart; give "
-        "--loss_on all, or a template that marks answers by {% generation %}"
+        _(
+            "the chat template writes message {number} so that the answer cannot be told apart; give "
+            "--loss_on all, or a template that marks answers by {{% generation %}}"
+        ).format(number=number + 1)
     )

@@ -25,6 +25,7 @@ from iterbatch.data.forms import FIELDS, has_form, read_form
 from iterbatch.data.rows import UTF8, Row, characters, rows
 from iterbatch.data.wikitext import wikitext_articles, wikitext_document
 from iterbatch.errors import DataError, did_you_mean
+from iterbatch.language import _
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FRACTION = 0.1  # of the documents, for each of validation and test, where a source brings none
@@ -107,10 +108,14 @@ def read_corpus(
     """
     reading = reading or Reading()
     if data_dir is not None:
-        splits, licence, source = _read_local(data_dir, reading), "as the text's owner states", str(data_dir)
+        splits, licence, source = (
+            _read_local(data_dir, reading),
+            _("as the text's owner states"),
+            str(data_dir),
+        )
     elif dataset == "pydocs":
-        splits, source = _pydocs(reading), "the Python reference manual"
-        licence = "Python Software Foundation License 2"
+        splits, source = _pydocs(reading), _("the Python reference manual")
+        licence = _("Python Software Foundation License 2")
     else:
         splits, licence, source = _read_hub(dataset, dataset_config, reading)
     return complete_splits(splits, source, licence, reading)
@@ -128,19 +133,27 @@ def complete_splits(
     train = splits.get("train")
     if not train:
         raise DataError(
-            f"{source} holds no training text (splits found: {', '.join(splits) or 'none'}); name a file "
-            "with 'train' in its name, or point --data_dir at a single file"
+            _(
+                "{source} holds no training text (splits found: {names}); name a file with 'train' in "
+                "its name, or point --data_dir at a single file"
+            ).format(source=source, names=", ".join(splits) or "none")
         )
     notes = [*reading.notes]
     missing = [split for split in SPLITS[1:] if not splits.get(split)]
     if missing and train.documents < 10 and reading.loss_on.keys() <= {"all"}:
         train = Documents(piece for document in train for piece in _paragraphs(document))
-        notes.append(f"fewer than 10 documents: cut at blank lines into {train.documents} pieces")
+        notes.append(
+            _("fewer than 10 documents: cut at blank lines into {documents} pieces").format(
+                documents=train.documents
+            )
+        )
     held_out = max(1, round(HELD_OUT_FRACTION * train.documents))
     if missing and train.documents <= held_out * len(missing):
         raise DataError(
-            f"{source} has {train.documents} document(s), too few to hold out {' and '.join(missing)}; give "
-            "separate files (train, valid, test in their names) or more documents"
+            _(
+                "{source} has {documents} document(s), too few to hold out {names}; give separate files "
+                "(train, valid, test in their names) or more documents"
+            ).format(source=source, documents=train.documents, names=" and ".join(missing))
         )
     order = np.random.default_rng(SPLIT_SEED).permutation(train.documents)
     complete = {split: splits[split] for split in SPLITS[1:] if split not in missing}
@@ -148,7 +161,9 @@ def complete_splits(
         chosen, order = order[:held_out], order[held_out:]
         complete[split] = train.select(chosen)
         notes.append(
-            f"no {split} split: {held_out} of {train.documents} documents held out of train, fixed seed"
+            _("no {split} split: {held_out} of {documents} documents held out of train, fixed seed").format(
+                split=split, held_out=held_out, documents=train.documents
+            )
         )
     complete["train"] = train.select(order)
     return Corpus({split: complete[split] for split in SPLITS}, source, licence, notes, reading.loss_on)
@@ -223,14 +238,28 @@ def _documents_of_rows(found: Iterable[Row], reading: Reading, source: str) -> I
         reading.loss_on[reading.writer.on(form)] += 1
         yield from cut(document)
     if read and formless == read:
-        wanted = f"'{reading.text_field}'" if reading.text_field else f"one of them must be {FIELDS}"
-        near = (
-            did_you_mean(reading.text_field, names) if reading.text_field else ", or name one by --text_field"
+        wanted = (
+            f"'{reading.text_field}'"
+            if reading.text_field
+            else _("one of them must be {fields}").format(fields=_(FIELDS))
         )
-        raise DataError(f"{source}: the rows have the fields {sorted(names)}; {wanted}{near}")
+        near = (
+            did_you_mean(reading.text_field, names)
+            if reading.text_field
+            else _(", or name one by --text_field")
+        )
+        raise DataError(
+            _("{source}: the rows have the fields {sorted}; {wanted}{near}").format(
+                source=source, sorted=sorted(names), wanted=wanted, near=near
+            )
+        )
     if left:
         some = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
-        reading.notes.append(f"{source}: {len(left)} of {read} rows have no text and are left out ({some})")
+        reading.notes.append(
+            _("{source}: {count} of {read} rows have no text and are left out ({some})").format(
+                source=source, count=len(left), read=read, some=some
+            )
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -244,10 +273,12 @@ def _read_hub(dataset: str, config: str | None, reading: Reading) -> tuple[dict[
     if known is None and "/" not in dataset:
         names = ["pydocs", *NAMED]
         raise DataError(
-            f"unknown dataset '{dataset}'; choose from {', '.join(names)}, a hub name 'owner/name', or "
-            f"--data_dir{did_you_mean(dataset, names)}"
+            _(
+                "unknown dataset '{dataset}'; choose from {names}, a hub name 'owner/name', or "
+                "--data_dir{near}"
+            ).format(dataset=dataset, names=", ".join(names), near=did_you_mean(dataset, names))
         )
-    hub = known or HubDataset(dataset, None, "as the data set's card states")
+    hub = known or HubDataset(dataset, None, _("as the data set's card states"))
     config = config or hub.config
     datasets.disable_progress_bars()
     try:
@@ -259,7 +290,7 @@ def _read_hub(dataset: str, config: str | None, reading: Reading) -> tuple[dict[
     for split, table in loaded.items():
         name = SPLIT_WORDS.get(str(split).lower())
         if name is None or name in splits:
-            reading.notes.append(f"split '{split}' left out")
+            reading.notes.append(_("split '{split}' left out").format(split=split))
         elif hub.name == "Salesforce/wikitext":
             articles = wikitext_articles(row["text"] for row in table)
             splits[name] = Documents(_texts(map(wikitext_document, articles), reading))
@@ -271,8 +302,12 @@ def _read_hub(dataset: str, config: str | None, reading: Reading) -> tuple[dict[
 
 def unreachable_dataset(name: str, problem: BaseException) -> str:
     """The message for a hub data set that could not be read."""
-    return (
-        f"the data set '{name}' could not be read from the hub ({type(problem).__name__}: "
-        f"{str(problem).splitlines()[0][:200]}). Without a hub, point --data_dir at a local file or folder: "
-        f"{ENDINGS}"
+    return _(
+        "the data set '{name}' could not be read from the hub ({name2}: {splitlines}). Without a "
+        "hub, point --data_dir at a local file or folder: {endings}"
+    ).format(
+        name=name,
+        name2=type(problem).__name__,
+        splitlines=str(problem).splitlines()[0][:200],
+        endings=ENDINGS,
     )

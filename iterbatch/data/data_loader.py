@@ -15,6 +15,7 @@ import torch
 from iterbatch.data.batch import IGNORED, Batch, MicroBatch
 from iterbatch.data.blocks import Blocks
 from iterbatch.errors import DataError
+from iterbatch.language import _
 
 MOST_SET_ASIDE = 256  # blocks of probe text: their prefix activations stay in memory
 
@@ -33,8 +34,11 @@ def set_aside(blocks: int, share: float | None) -> np.ndarray:
         return np.array([], dtype=np.int64)
     if blocks < 10:
         raise DataError(
-            f"the training text has {blocks} blocks, and the probe text of learnable takes at least one, "
-            "more than a tenth of it; give more text or a smaller --max_length, or leave learnable out"
+            _(
+                "the training text has {blocks} blocks, and the probe text of learnable takes at least "
+                "one, more than a tenth of it; give more text or a smaller --max_length, or leave "
+                "learnable out"
+            ).format(blocks=blocks)
         )
     count = min(max(1, round(share * blocks)), MOST_SET_ASIDE, blocks // 10)
     return ((np.arange(count) + 0.5) * blocks / count).astype(np.int64)

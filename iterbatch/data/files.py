@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from iterbatch.errors import DataError, did_you_mean, first_line
+from iterbatch.language import _
 
 # What a file is, by its ending.
 FORMATS = {
@@ -27,7 +28,7 @@ FORMATS = {
     ".parquet": "parquet",
 }
 PACKED = {".gz": "gzip", ".zst": "zstd"}
-ENDINGS = f"{', '.join(FORMATS)}, each also with {' or '.join(PACKED)}"
+ENDINGS = _("{names}, each also with {names2}").format(names=", ".join(FORMATS), names2=" or ".join(PACKED))
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -82,7 +83,9 @@ class TextFile:
         except OSError as problem:
             what = "read" if problem.strerror or not self.packed else "unpacked"
             raise DataError(
-                f"{self.path} cannot be {what}: {problem.strerror or first_line(problem)}"
+                _("{path} cannot be {what}: {problem}").format(
+                    path=self.path, what=what, problem=problem.strerror or first_line(problem)
+                )
             ) from problem
 
 
@@ -101,25 +104,37 @@ def find_files(place: Path) -> Found:
         DataError: where there are none.
     """
     if not place.exists():
-        raise DataError(f"--data_dir {place} does not exist; give a file or folder of {ENDINGS}")
+        raise DataError(
+            _("--data_dir {place} does not exist; give a file or folder of {endings}").format(
+                place=place, endings=ENDINGS
+            )
+        )
     if not place.is_dir():
         return Found({"train": [_named(place)]})
     files, left = _below(place)
     if not files:
-        raise DataError(f"--data_dir {place} holds no file with one of the endings {ENDINGS}")
+        raise DataError(
+            _("--data_dir {place} holds no file with one of the endings {endings}").format(
+                place=place, endings=ENDINGS
+            )
+        )
     found = Found()
     splits = {file.path: _split_of(file.path.relative_to(place)) for file in files}
     for file in files:
         found.splits.setdefault(splits[file.path] or "train", []).append(file)
     if left:
-        found.notes.append(f"{len(left)} file(s) left out: {_list(left)}")
+        found.notes.append(_("{count} file(s) left out: {list}").format(count=len(left), list=_list(left)))
     unsaid = [file.path.relative_to(place) for file in files if splits[file.path] is None]
     if unsaid and len(unsaid) < len(files):
         found.notes.append(
-            f"{len(unsaid)} file(s) whose names say no split are training text: {_list(unsaid)}"
+            _("{count} file(s) whose names say no split are training text: {list}").format(
+                count=len(unsaid), list=_list(unsaid)
+            )
         )
     elif hinted := [path for path in unsaid if _HINTS.search(path.as_posix().lower())]:
-        found.notes.append(f"training text, though the name may mean held-out text: {_list(hinted)}")
+        found.notes.append(
+            _("training text, though the name may mean held-out text: {list}").format(list=_list(hinted))
+        )
     return found
 
 
@@ -128,10 +143,16 @@ def _named(path: Path) -> TextFile:
     if file is None:
         ending = path.suffix
         raise DataError(
-            f"{path} has the ending '{ending}'; allowed are {ENDINGS}{did_you_mean(ending.lower(), FORMATS)}"
+            _("{path} has the ending '{ending}'; allowed are {endings}{near}").format(
+                path=path, ending=ending, endings=ENDINGS, near=did_you_mean(ending.lower(), FORMATS)
+            )
         )
     if not path.is_file():
-        raise DataError(f"{path} is no regular file; give a file or folder of {ENDINGS}")
+        raise DataError(
+            _("{path} is no regular file; give a file or folder of {endings}").format(
+                path=path, endings=ENDINGS
+            )
+        )
     return file
 
 
@@ -173,4 +194,4 @@ def _split_of(inside: Path) -> str | None:
 
 def _list(paths: list[Path], most: int = 5) -> str:
     named = ", ".join(path.as_posix() for path in paths[:most])
-    return named + (f" and {len(paths) - most} more" if len(paths) > most else "")
+    return named + (_(" and {count} more").format(count=len(paths) - most) if len(paths) > most else "")

@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 
 from iterbatch.config import LossOn
 from iterbatch.errors import DataError
+from iterbatch.language import N_, _
 
 Message = dict[str, Any]  # with role and content
 Fields = Mapping[str, Any]
 
-FIELDS = (
+FIELDS = N_(
     "'text', 'turns' (speaker, text), 'dialogue' with 'speakers', 'messages' (role, content), "
-    "'conversations' (from, value), 'instruction' with 'output', or 'prompt' with 'completion' or 'response'"
+    "'conversations' (from, value), 'instruction' with 'output', or 'prompt' with 'completion' or "
+    "'response'"
 )
 
 # Who speaks in ShareGPT's words, and in a chat template's.
@@ -72,7 +74,11 @@ class FieldError(DataError):
     """A field holds what it must not."""
 
     def __init__(self, name: str, value: Any, wanted: str) -> None:
-        super().__init__(f"field '{name}' is a {type(value).__name__} where {wanted} is needed")
+        super().__init__(
+            _("field '{name}' is a {name2} where {wanted} is needed").format(
+                name=name, name2=type(value).__name__, wanted=wanted
+            )
+        )
 
 
 def read_form(row: Fields, text_field: str | None = None) -> Form | None:
@@ -123,7 +129,9 @@ def _dialogue(row: Fields) -> Plain | None:
     said, speakers = _list(row, "dialogue"), _list(row, "speakers")
     if len(said) != len(speakers):
         raise DataError(
-            f"field 'dialogue' has {len(said)} turns, 'speakers' {len(speakers)}; one each is needed"
+            _("field 'dialogue' has {count} turns, 'speakers' {count2}; one each is needed").format(
+                count=len(said), count2=len(speakers)
+            )
         )
     for name, values in (("dialogue", said), ("speakers", speakers)):
         for number, value in enumerate(values):
@@ -163,14 +171,22 @@ def _message(turn: Any, place: str) -> Message:
     elif "from" in turn:
         said = _string(turn, "from", place)
         if said.lower() not in ROLES:
-            raise DataError(f"field '{place}.from' is {said!r}; known are {', '.join(ROLES)}")
+            raise DataError(
+                _("field '{place}.from' is {said!r}; known are {names}").format(
+                    place=place, said=said, names=", ".join(ROLES)
+                )
+            )
         role, content = ROLES[said.lower()], _content(turn.get("value"), f"{place}.value")
     else:
         raise DataError(
-            f"field '{place}' has {sorted(turn)}; 'role' and 'content', or 'from' and 'value', are needed"
+            _("field '{place}' has {sorted}; 'role' and 'content', or 'from' and 'value', are needed").format(
+                place=place, sorted=sorted(turn)
+            )
         )
     if not role:
-        raise DataError(f"field '{place}' has no role; user, assistant, system or tool is needed")
+        raise DataError(
+            _("field '{place}' has no role; user, assistant, system or tool is needed").format(place=place)
+        )
     known = ("role", "content", "from", "value")
     message: Message = {"role": role, "content": content}
     message |= {name: value for name, value in turn.items() if name not in known and value is not None}
@@ -192,7 +208,11 @@ def _content(value: Any, place: str) -> str:
         name = f"{place}[{number}]"
         part = {"type": "text", "text": part} if isinstance(part, str) else _mapping(part, name)
         if part.get("type", "text") != "text":
-            raise DataError(f"field '{name}' is of type {part['type']!r}; only text can be trained on")
+            raise DataError(
+                _("field '{name}' is of type {type!r}; only text can be trained on").format(
+                    name=name, type=part["type"]
+                )
+            )
         texts.append(_string(part, "text", name))
     return "".join(texts)
 
@@ -276,7 +296,7 @@ def _list(fields: Fields, name: str) -> list[Any]:
 
 def _mapping(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FieldError(place, value, "an object with fields")
+        raise FieldError(place, value, _("an object with fields"))
     return value
 
 
@@ -284,4 +304,6 @@ def _json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as problem:
-        raise DataError(f"field '{name}' is text that is no JSON; a list is needed") from problem
+        raise DataError(
+            _("field '{name}' is text that is no JSON; a list is needed").format(name=name)
+        ) from problem

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from iterbatch.data.files import TextFile
 from iterbatch.errors import DataError, first_line
+from iterbatch.language import _
 
 UTF8 = "utf-8"
 # Marks at a file's start that say another encoding; UTF-32's begins as UTF-16's does.
@@ -43,10 +44,14 @@ def characters(file: TextFile, encoding: str = UTF8, newline: str | None = None)
     with file.open() as stream:
         start = stream.peek(4)[:4]
         if not start:
-            raise DataError(f"{file.path} is empty; give a file with text in it")
+            raise DataError(_("{path} is empty; give a file with text in it").format(path=file.path))
         marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
         if encoding == UTF8 and marked is not None:
-            raise DataError(f"{file.path} is not UTF-8: it begins as {marked} does; give --encoding {marked}")
+            raise DataError(
+                _("{path} is not UTF-8: it begins as {marked} does; give --encoding {marked}").format(
+                    path=file.path, marked=marked
+                )
+            )
         text = io.TextIOWrapper(stream, "utf-8-sig" if encoding == UTF8 else encoding, newline=newline)
         try:
             yield text
@@ -60,12 +65,16 @@ def _undecodable(file: TextFile, encoding: str, stream: IO[bytes], problem: Unic
     what = first_line(problem)
     if isinstance(problem, UnicodeDecodeError):
         place = max(0, stream.tell() - len(problem.object)) + problem.start
-        what = f"byte {problem.object[problem.start]:#04x} near byte {place}"
+        what = _("byte {object:#04x} near byte {place}").format(
+            object=problem.object[problem.start], place=place
+        )
     if encoding != UTF8:
-        return f"{file.path} is not {encoding}: {what}; give its own --encoding"
-    return (
-        f"{file.path} is not UTF-8: {what}; name what it is, for instance --encoding gbk, latin-1 or utf-16"
-    )
+        return _("{path} is not {encoding}: {what}; give its own --encoding").format(
+            path=file.path, encoding=encoding, what=what
+        )
+    return _(
+        "{path} is not UTF-8: {what}; name what it is, for instance --encoding gbk, latin-1 or utf-16"
+    ).format(path=file.path, what=what)
 
 
 def rows(file: TextFile, encoding: str = UTF8) -> Iterator[Row]:
@@ -125,14 +134,24 @@ def _parsed(content: str, place: str) -> Any:
     try:
         return json.loads(content)
     except RecursionError as problem:
-        raise DataError(f"{place}: nested too deeply to be read; mend or delete it") from problem
+        raise DataError(
+            _("{place}: nested too deeply to be read; mend or delete it").format(place=place)
+        ) from problem
     except ValueError as problem:  # a number of too many digits among them
-        raise DataError(f"{place}: not valid JSON ({first_line(problem)}); mend or delete it") from problem
+        raise DataError(
+            _("{place}: not valid JSON ({problem}); mend or delete it").format(
+                place=place, problem=first_line(problem)
+            )
+        ) from problem
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: a {type(value).__name__} where an object with fields is needed")
+        raise DataError(
+            _("{place}: a {name} where an object with fields is needed").format(
+                place=place, name=type(value).__name__
+            )
+        )
     return value
 
 
@@ -150,20 +169,26 @@ def _csv_rows(file: TextFile, text: IO[str]) -> Iterator[Row]:
     try:
         names = next(reader, [])
         if len(set(names)) < len(names):
-            raise DataError(f"{file.path}: two columns have the same name in {names}")
+            raise DataError(
+                _("{path}: two columns have the same name in {names}").format(path=file.path, names=names)
+            )
         for cells in reader:
             if not cells:  # an empty line
                 continue
             place = f"line {reader.line_num}"
             if len(cells) != len(names):
                 raise DataError(
-                    f"{file.path}, {place}: {len(cells)} cells, where the header has {len(names)}; quote "
-                    "cells that hold the separator or a quotation mark"
+                    _(
+                        "{path}, {place}: {count} cells, where the header has {count2}; quote cells that "
+                        "hold the separator or a quotation mark"
+                    ).format(path=file.path, place=place, count=len(cells), count2=len(names))
                 )
             yield place, dict(zip(names, cells, strict=True))
     except csv.Error as problem:
         raise DataError(
-            f"{file.path}, line {reader.line_num}: not valid {file.ending[1:]} ({first_line(problem)})"
+            _("{path}, line {line_num}: not valid {ending} ({problem})").format(
+                path=file.path, line_num=reader.line_num, ending=file.ending[1:], problem=first_line(problem)
+            )
         ) from problem
 
 
@@ -189,4 +214,8 @@ def _parquet_rows(file: TextFile) -> Iterator[Row]:
                     number += 1
                     yield f"row {number}", row
         except (arrow.ArrowException, ValueError) as problem:
-            raise DataError(f"{file.path} cannot be read as parquet: {first_line(problem)}") from problem
+            raise DataError(
+                _("{path} cannot be read as parquet: {problem}").format(
+                    path=file.path, problem=first_line(problem)
+                )
+            ) from problem

@@ -21,6 +21,7 @@ import psutil
 
 from iterbatch.data.documents import Span
 from iterbatch.errors import DataError, first_line
+from iterbatch.language import _
 
 SECONDS = 3.0  # of its process's own time, for one conversation
 PATIENCE = 60.0  # seconds by the clock, however busy the machine is
@@ -66,7 +67,7 @@ class Template:
         self._send({"messages": list(messages), "tools": tools, "answer": answer, "mark": mark})
         found = self._receive(SECONDS)
         if "refused" in found:
-            raise DataError(f"the chat template refuses it: {found['refused']}")
+            raise DataError(_("the chat template refuses it: {refused}").format(refused=found["refused"]))
         return found["text"], [(int(start), int(stop)) for start, stop in found["spans"]]
 
     def _send(self, content: Any) -> None:
@@ -75,7 +76,7 @@ class Template:
             self._process.stdin.write(json.dumps(content).encode() + b"\n")
             self._process.stdin.flush()
         except OSError as problem:
-            raise DataError("the chat template's process is gone; was it short of memory?") from problem
+            raise DataError(_("the chat template's process is gone; was it short of memory?")) from problem
 
     def _receive(self, seconds: float) -> Any:
         end = time.monotonic() + PATIENCE
@@ -89,11 +90,17 @@ class Template:
                     continue  # it was the machine that had no time
                 _end(self._process)
                 raise DataError(
-                    f"the chat template takes more than {seconds:.0f} s for one conversation; give a model "
-                    "with another template"
+                    _(
+                        "the chat template takes more than {seconds:.0f} s for one conversation; give a "
+                        "model with another template"
+                    ).format(seconds=seconds)
                 ) from None
             if not line:
-                raise DataError(f"the chat template takes more than {MEGABYTES} MB of memory, and was ended")
+                raise DataError(
+                    _("the chat template takes more than {megabytes} MB of memory, and was ended").format(
+                        megabytes=MEGABYTES
+                    )
+                )
             return json.loads(line)
 
     def _spent(self) -> float:
@@ -156,11 +163,15 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
                 **first["special"],
             )
             if len(text) > CHARACTERS:
-                raise ValueError(f"it makes {len(text):,} characters of it; {CHARACTERS:,} are allowed")
+                raise ValueError(
+                    _("it makes {count:,} characters of it; {characters:,} are allowed").format(
+                        count=len(text), characters=CHARACTERS
+                    )
+                )
             found: Any = spans[0] if asked["mark"] else []
             answer({"text": text, "spans": [list(span) for span in found]})
         except MemoryError:
-            answer({"refused": f"it takes more than {MEGABYTES} MB of memory"})
+            answer({"refused": _("it takes more than {megabytes} MB of memory").format(megabytes=MEGABYTES)})
         except Exception as problem:  # whatever a template raises, by itself or by what it lacks
             answer({"refused": first_line(problem)})
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from iterbatch.data.documents import Document, Span
 from iterbatch.errors import DataError
+from iterbatch.language import _
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,8 +85,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -
 def _has_offsets(tokenizer: PreTrainedTokenizerBase, needed: bool) -> bool:
     if needed and not tokenizer.is_fast:
         raise DataError(
-            "the tokenizer does not say where its tokens stand in a text, so the loss cannot be on parts of "
-            "it; give --loss_on all --special_tokens_in_text keep, or a model with a tokenizer.json"
+            _(
+                "the tokenizer does not say where its tokens stand in a text, so the loss cannot be on "
+                "parts of it; give --loss_on all --special_tokens_in_text keep, or a model with a "
+                "tokenizer.json"
+            )
         )
     return needed
 

@@ -15,6 +15,7 @@ from iterbatch.data.blocks import Blocks
 from iterbatch.data.documents import Document
 from iterbatch.data.tokens import tokenize
 from iterbatch.errors import DataError
+from iterbatch.language import _
 from iterbatch.records.scored import Scored
 
 if TYPE_CHECKING:
@@ -132,8 +133,10 @@ def prepare_eval(
             break
     if not lengths:
         raise DataError(
-            "the evaluation text has no tokens that the loss is on; give a validation and a test file with "
-            "text in them, or --loss_on all"
+            _(
+                "the evaluation text has no tokens that the loss is on; give a validation and a test "
+                "file with text in them, or --loss_on all"
+            )
         )
     return EvalText(windows, words, size, sum(lengths), lengths, tokens, cut)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from iterbatch.checks import config_of_run
 from iterbatch.errors import DataError, RunError
 from iterbatch.evaluation.generate import Sampling, generate
+from iterbatch.language import _
 from iterbatch.model.base import PRECISION, base_digests, load_base
 from iterbatch.model.weights import load_weights
 from iterbatch.records import layout
@@ -42,8 +43,10 @@ def load_trained(
 
     if not (run_dir / layout.CONFIG).exists():
         raise RunError(
-            f"{run_dir} is not the folder of a run (it has no config.yaml); give the folder that a run "
-            "printed at its end"
+            _(
+                "{run_dir} is not the folder of a run (it has no config.yaml); give the folder that a "
+                "run printed at its end"
+            ).format(run_dir=run_dir)
         )
     found = [
         each
@@ -51,27 +54,35 @@ def load_trained(
         if strategy in (None, each.strategy) and seed in (None, each.seed)
     ]
     if not found:
-        which = f" of strategy {strategy!r}" if strategy else ""
-        which += "" if seed is None else f" with seed {seed}"
-        raise RunError(f"{run_dir} has no finished arm{which}")
+        which = _(" of strategy {strategy!r}").format(strategy=strategy) if strategy else ""
+        which += "" if seed is None else _(" with seed {seed}").format(seed=seed)
+        raise RunError(_("{run_dir} has no finished arm{which}").format(run_dir=run_dir, which=which))
     best = min(found, key=lambda each: each.val_ppl)
     folder = layout.arm_folder(run_dir, best.strategy, best.seed)
     name = f"{best.strategy}/{folder.name}"
     try:
         config = config_of_run(read_config(run_dir), trust_remote_code=trust_remote_code)
     except (ValueError, TypeError) as problem:
-        raise RunError(f"{run_dir / layout.CONFIG} is damaged: {problem}") from problem
+        raise RunError(
+            _("{run_dir} is damaged: {problem}").format(run_dir=run_dir / layout.CONFIG, problem=problem)
+        ) from problem
     base = load_base(config)
     check_origin(run_dir, Origin({}, *base_digests(base)))
     model, adapter = load_weights(base, config.model), folder / layout.ADAPTER
     if not (adapter / layout.ADAPTER_WEIGHTS).is_file():
-        raise RunError(f"{adapter} holds no {layout.ADAPTER_WEIGHTS}; train that arm again")
+        raise RunError(
+            _("{adapter} holds no {adapter_weights}; train that arm again").format(
+                adapter=adapter, adapter_weights=layout.ADAPTER_WEIGHTS
+            )
+        )
     try:
         return PeftModel.from_pretrained(model, str(adapter)).eval(), base.tokenizer, name
     except Exception as problem:
         # Safetensors, PEFT and torch have classes of their own for a damaged adapter.
         raise RunError(
-            f"the adapter {adapter} cannot be loaded ({type(problem).__name__}: {problem})"[:500]
+            _("the adapter {adapter} cannot be loaded ({name}: {problem})").format(
+                adapter=adapter, name=type(problem).__name__, problem=problem
+            )[:500]
         ) from problem
 
 
@@ -99,8 +110,10 @@ def continue_text(
     room = model.config.max_position_embeddings - sampling.new_tokens
     if not ids or len(ids) > room:
         raise DataError(
-            f"the prompt has {len(ids)} tokens; with {sampling.new_tokens} new ones it must have 1 to "
-            f"{max(room, 0)} for this model"
+            _(
+                "the prompt has {count} tokens; with {new_tokens} new ones it must have 1 to {max} for "
+                "this model"
+            ).format(count=len(ids), new_tokens=sampling.new_tokens, max=max(room, 0))
         )
     accelerator = make_accelerator(PRECISION[str(model.base_model.model.dtype).removeprefix("torch.")])
     with accelerator.autocast():

@@ -18,6 +18,7 @@ from iterbatch.config import BenchConfig
 from iterbatch.data import hub
 from iterbatch.data.tokens import tokenizer_digest
 from iterbatch.errors import ConfigError, ModelError, first_line
+from iterbatch.language import N_, _
 from iterbatch.model.headers import check_files, check_headers, files_digest, weight_files
 from iterbatch.model.lora import adapted_layers
 
@@ -29,7 +30,7 @@ TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")  # of a folder; one of the
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # of Accelerate's autocast
 GGUF = ".gguf"
 ADAPTER = "adapter_config.json"  # in a folder: an adapter lies there
-LOCAL_HINT = (
+LOCAL_HINT = N_(
     "Point --model_name at a local folder in Hugging Face format (config.json, *.safetensors, tokenizer.json)"
 )
 
@@ -83,9 +84,13 @@ def load_base(config: BenchConfig) -> Base:
 
     path, options = _place(config)
     if config.model_path.endswith(GGUF) and importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"'{config.model_path}' needs a package: pip install \"iterbatch[gguf]\"")
+        raise ModelError(
+            _("'{model_path}' needs a package: pip install \"iterbatch[gguf]\"").format(
+                model_path=config.model_path
+            )
+        )
     if Path(path).is_dir() and "gguf_file" not in options:
-        check_files(Path(path), LOCAL_HINT)
+        check_files(Path(path), _(LOCAL_HINT))
     try:
         base_config = AutoConfig.from_pretrained(path, **options)
     except Exception as problem:
@@ -93,11 +98,12 @@ def load_base(config: BenchConfig) -> Base:
         raise ModelError(_no_config(config.model_path, problem)) from problem
     if base_config.model_type not in SUPPORTED:
         raise ModelError(
-            f"'{config.model_path}' is a '{base_config.model_type}' model; this experiment adapts "
-            f"{', '.join(SUPPORTED)}"
+            _("'{model_path}' is a '{model_type}' model; this experiment adapts {names}").format(
+                model_path=config.model_path, model_type=base_config.model_type, names=", ".join(SUPPORTED)
+            )
         )
     if Path(path).is_dir() and "gguf_file" not in options:
-        check_headers(Path(path), base_config, LOCAL_HINT)
+        check_headers(Path(path), base_config, _(LOCAL_HINT))
     tokenizer = _load_tokenizer(path, options)
     base = Base(path, base_config, tokenizer, resolve_dtype(config.model.dtype), options)
     _check_fit(config, base)
@@ -111,11 +117,12 @@ def _no_config(path: str, problem: BaseException) -> str:
             base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
             base = None
-        return (
-            f"'{path}' is an adapter, not a model; give the base that it was trained on by --model_name"
-            + (f" ({base})" if base else "")
-        )
-    return f"'{path}' has no usable config.json: {first_line(problem)}. {LOCAL_HINT}"
+        return _(
+            "'{path}' is an adapter, not a model; give the base that it was trained on by --model_name"
+        ).format(path=path) + (f" ({base})" if base else "")
+    return _("'{path}' has no usable config.json: {problem}. {hint}").format(
+        path=path, problem=first_line(problem), hint=_(LOCAL_HINT)
+    )
 
 
 def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -125,19 +132,30 @@ def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBa
     local = folder.is_dir() and "gguf_file" not in options
     if local and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
         # Some versions of Transformers make an empty one.
-        raise ModelError(f"'{path}' holds no tokenizer ({', '.join(TOKENIZER_FILES)}). {LOCAL_HINT}")
+        raise ModelError(
+            _("'{path}' holds no tokenizer ({names}). {hint}").format(
+                path=path, names=", ".join(TOKENIZER_FILES), hint=_(LOCAL_HINT)
+            )
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as problem:
         # Tokenizers and transformers raise many classes, a bare Exception among them.
-        hint = LOCAL_HINT
+        hint = _(LOCAL_HINT)
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-            hint = "Its tokenizer.model is read by a package: pip install sentencepiece protobuf"
-        raise ModelError(f"'{path}' has no usable tokenizer: {first_line(problem)}. {hint}") from problem
+            hint = _("Its tokenizer.model is read by a package: pip install sentencepiece protobuf")
+        raise ModelError(
+            _("'{path}' has no usable tokenizer: {problem}. {hint}").format(
+                path=path, problem=first_line(problem), hint=hint
+            )
+        ) from problem
     if not len(tokenizer) or tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer of '{path}' has no {'tokens' if not len(tokenizer) else 'end-of-text token'}. "
-            f"{LOCAL_HINT}"
+            _("the tokenizer of '{path}' has no {plural}. {hint}").format(
+                path=path,
+                plural="tokens" if not len(tokenizer) else "end-of-text token",
+                hint=_(LOCAL_HINT),
+            )
         )
     return tokenizer
 
@@ -175,12 +193,15 @@ def _place(config: BenchConfig) -> tuple[str, dict[str, Any]]:
     if path.lower().endswith(GGUF) and Path(path).is_file():
         return str(Path(path).parent), {"local_files_only": True, "gguf_file": Path(path).name}
     if path.startswith((".", "/", "~")) or "\\" in path or path.count("/") > 1 or path.endswith(GGUF):
-        raise ModelError(f"the model folder '{path}' does not exist. {LOCAL_HINT}")
+        raise ModelError(
+            _("the model folder '{path}' does not exist. {hint}").format(path=path, hint=_(LOCAL_HINT))
+        )
     problem = hub.problem_with(path)
     if problem is not None and not hub.cached(path, "config.json"):
         raise ModelError(
-            f"the model '{path}' could not be reached on the hub ({type(problem).__name__}: "
-            f"{first_line(problem)}). {LOCAL_HINT}"
+            _("the model '{path}' could not be reached on the hub ({name}: {problem}). {hint}").format(
+                path=path, name=type(problem).__name__, problem=first_line(problem), hint=_(LOCAL_HINT)
+            )
         )
     return path, {**options, "local_files_only": problem is not None}
 
@@ -190,20 +211,28 @@ def _check_fit(config: BenchConfig, base: Base) -> None:
     largest = max(base.tokenizer.get_vocab().values())
     if largest >= base.config.vocab_size:
         problems.append(
-            f"the tokenizer of '{base.path}' has tokens up to number {largest}, the model "
-            f"{base.config.vocab_size} of them; they do not belong together"
+            _(
+                "the tokenizer of '{path}' has tokens up to number {largest}, the model {vocab_size} of "
+                "them; they do not belong together"
+            ).format(path=base.path, largest=largest, vocab_size=base.config.vocab_size)
         )
     if config.max_length > base.context:
-        problems.append(f"--max_length is {config.max_length}; the model's context is {base.context} tokens")
+        problems.append(
+            _("--max_length is {max_length}; the model's context is {context} tokens").format(
+                max_length=config.max_length, context=base.context
+            )
+        )
     try:
         adapted_layers(config.model.lora_layers, base.layers)
     except ConfigError as problem:
         problems.append(str(problem))
     if config.model.load_in and importlib.util.find_spec("bitsandbytes") is None:
         problems.append(
-            f'--load_in {config.model.load_in} needs bitsandbytes: pip install "iterbatch[quant]"'
+            _('--load_in {load_in} needs bitsandbytes: pip install "iterbatch[quant]"').format(
+                load_in=config.model.load_in
+            )
         )
     if base.dtype == "float16" and not torch.cuda.is_available():
-        problems.append("--dtype float16 needs a GPU; use bfloat16, float32 or auto")
+        problems.append(_("--dtype float16 needs a GPU; use bfloat16, float32 or auto"))
     if problems:
         raise ConfigError("\n".join(problems))

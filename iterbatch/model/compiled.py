@@ -9,6 +9,7 @@ import torch
 
 from iterbatch.data.batch import MicroBatch
 from iterbatch.errors import ModelError
+from iterbatch.language import _
 from iterbatch.model.attention import attending
 
 
@@ -44,7 +45,10 @@ class Compiled:
         except Exception as problem:  # torch raises many classes here, most of them its own backends'
             reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             raise ModelError(
-                f"--compile does not work on this machine ({reason}); it needs a C++ compiler. Leave it out"
+                _(
+                    "--compile does not work on this machine ({reason}); it needs a C++ compiler. Leave "
+                    "it out"
+                ).format(reason=reason)
             ) from problem
         self._known.add((shape, training))
         self.seconds += time.perf_counter() - start

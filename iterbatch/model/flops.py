@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from iterbatch.errors import ModelError
+from iterbatch.language import _
 from iterbatch.model.head import chunk_rows
 
 if TYPE_CHECKING:
@@ -149,8 +150,9 @@ def flop_model(model: PeftModel, checkpointing: bool = False) -> FlopModel:
     ]
     if len(layers) != config.num_hidden_layers:
         raise ModelError(
-            f"found {len(layers)} LLaMA layers in a '{config.model_type}' model of "
-            f"{config.num_hidden_layers} layers"
+            _("found {count} LLaMA layers in a '{model_type}' model of {num_hidden_layers} layers").format(
+                count=len(layers), model_type=config.model_type, num_hidden_layers=config.num_hidden_layers
+            )
         )
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shapes = [_layer_shape(layer, config.num_attention_heads * width) for layer in layers]

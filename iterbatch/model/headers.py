@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from iterbatch.config import LONGEST_JSON
 from iterbatch.errors import ModelError, first_line
+from iterbatch.language import _
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,12 +37,16 @@ def check_files(folder: Path, hint: str) -> None:
         if file.is_dir():
             continue
         if not file.is_file() and file.exists():
-            raise ModelError(f"{file} is neither a file nor a folder. {hint}")
+            raise ModelError(_("{file} is neither a file nor a folder. {hint}").format(file=file, hint=hint))
         limit = LONGEST_JSON if file.name in SMALL else LARGEST.get(file.suffix)
         size = _header_bytes(file) if file.suffix == ".safetensors" else file.stat().st_size
         if limit is not None and size > limit:
-            what = "has a header of" if file.suffix == ".safetensors" else "has"
-            raise ModelError(f"{file} {what} {size:,} bytes; at most {limit:,} are read. {hint}")
+            what = _("has a header of") if file.suffix == ".safetensors" else "has"
+            raise ModelError(
+                _("{file} {what} {size:,} bytes; at most {limit:,} are read. {hint}").format(
+                    file=file, what=what, size=size, limit=limit, hint=hint
+                )
+            )
 
 
 def _header_bytes(file: Path) -> int:
@@ -73,29 +78,41 @@ def check_headers(folder: Path, config: PretrainedConfig, hint: str) -> None:
     files = weight_files(folder)
     if not files:
         pickled = (
-            "Pickled ones (*.bin) are not read: they can run code. Save the model again by save_pretrained"
+            _("Pickled ones (*.bin) are not read: they can run code. Save the model again by save_pretrained")
             if [*folder.glob("*.bin")]
             else hint
         )
-        raise ModelError(f"'{folder}' holds no weights (*.safetensors). {pickled}")
+        raise ModelError(
+            _("'{folder}' holds no weights (*.safetensors). {pickled}").format(folder=folder, pickled=pickled)
+        )
     shapes: dict[str, list[int]] = {}
     for file in files:
         try:
             shapes |= _shapes(file)
         except (SafetensorError, OSError) as problem:
-            raise ModelError(f"the weights {file} cannot be read: {first_line(problem)}. {hint}") from problem
+            raise ModelError(
+                _("the weights {file} cannot be read: {problem}. {hint}").format(
+                    file=file, problem=first_line(problem), hint=hint
+                )
+            ) from problem
     problems = [
-        f"{name} is {shapes[name]}, not {wanted}"
+        _("{name} is {shapes}, not {wanted}").format(name=name, shapes=shapes[name], wanted=wanted)
         for name in shapes
         for end, wanted in _wanted(config)
         if name.endswith(end) and shapes[name] != wanted
     ]
     layers = {int(match[1]) for name in shapes if (match := re.search(r"\blayers\.(\d+)\.", name))}
     if layers and len(layers) != config.num_hidden_layers:
-        problems.append(f"they have {len(layers)} layers, not {config.num_hidden_layers}")
+        problems.append(
+            _("they have {count} layers, not {num_hidden_layers}").format(
+                count=len(layers), num_hidden_layers=config.num_hidden_layers
+            )
+        )
     if problems:
         raise ModelError(
-            f"the weights of '{folder}' do not fit its config.json: {'; '.join(problems[:3])}. {hint}"
+            _("the weights of '{folder}' do not fit its config.json: {names}. {hint}").format(
+                folder=folder, names="; ".join(problems[:3]), hint=hint
+            )
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from iterbatch.config import INITS, ModelConfig
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,8 +29,14 @@ def adapted_layers(spec: str, layers: int) -> list[int]:
     else:
         first, last = (int(part) for part in spec.split("-"))
     if not 0 <= first <= last < layers:
-        allowed = f"all, top:1 to top:{layers}, and I-J within 0-{layers - 1}"
-        raise ConfigError(f"--lora_layers is '{spec}'; the model has {layers} layers: allowed are {allowed}")
+        allowed = _("all, top:1 to top:{layers}, and I-J within 0-{layers2}").format(
+            layers=layers, layers2=layers - 1
+        )
+        raise ConfigError(
+            _("--lora_layers is '{spec}'; the model has {layers} layers: allowed are {allowed}").format(
+                spec=spec, layers=layers, allowed=allowed
+            )
+        )
     return list(range(first, last + 1))
 
 

@@ -18,6 +18,7 @@ import torch
 
 from iterbatch.config import ModelConfig
 from iterbatch.errors import ModelError, first_line
+from iterbatch.language import _
 from iterbatch.model.base import ADAPTER, LOCAL_HINT, Base, gguf_options
 from iterbatch.model.lora import adapted_layers, attach_adapter
 
@@ -85,19 +86,24 @@ def load_weights(base: Base, config: ModelConfig) -> PreTrainedModel:
     except Exception as problem:
         # Safetensors, OSError and RuntimeError for truncated, missing or mismatched files.
         raise ModelError(
-            f"the weights of '{base.path}' cannot be loaded: {first_line(problem)}. {LOCAL_HINT}"
+            _("the weights of '{path}' cannot be loaded: {problem}. {hint}").format(
+                path=base.path, problem=first_line(problem), hint=_(LOCAL_HINT)
+            )
         ) from problem
     model, report = loaded
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
-            f"'{base.path}' on the hub holds an adapter beside the base; download it to a folder, and point "
-            "--model_name there"
+            _(
+                "'{path}' on the hub holds an adapter beside the base; download it to a folder, and "
+                "point --model_name there"
+            ).format(path=base.path)
         )
     missing = sorted(report.get("missing_keys", ()))
     if missing:
         raise ModelError(
-            f"the weights of '{base.path}' lack {len(missing)} tensors, the first is '{missing[0]}'. "
-            f"{LOCAL_HINT}"
+            _("the weights of '{path}' lack {count} tensors, the first is '{missing}'. {hint}").format(
+                path=base.path, count=len(missing), missing=missing[0], hint=_(LOCAL_HINT)
+            )
         )
     for module in model.modules():
         # bitsandbytes on a CPU: else its first evaluation repacks weights to a form without gradients.
@@ -159,12 +165,16 @@ def _try(model: Any, base: Base) -> None:
     except Exception as problem:  # whatever a wrong setting brings about
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         raise ModelError(
-            f"the model '{base.path}' cannot write text ({reason}); a setting of its config.json may be wrong"
+            _(
+                "the model '{path}' cannot write text ({reason}); a setting of its config.json may be wrong"
+            ).format(path=base.path, reason=reason)
         ) from problem
     if not finite:
         raise ModelError(
-            f"the model '{base.path}' computes what is not finite in {base.dtype}; its weights may be "
-            "damaged, or try --dtype float32"
+            _(
+                "the model '{path}' computes what is not finite in {dtype}; its weights may be damaged, "
+                "or try --dtype float32"
+            ).format(path=base.path, dtype=base.dtype)
         )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from iterbatch.language import _
+
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and the git commit, for the manifest. No host name, user name or path."""
@@ -71,10 +73,10 @@ def busy() -> str | None:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load < cores:
         return None
-    return (
-        f"the machine is busy (load {load:.1f} on {cores} cores): training takes longer, and its seconds say "
-        "little"
-    )
+    return _(
+        "the machine is busy (load {load:.1f} on {cores} cores): training takes longer, and its "
+        "seconds say little"
+    ).format(load=load, cores=cores)
 
 
 _PROC_STATUS = Path("/proc/self/status")

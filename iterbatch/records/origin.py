@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iterbatch.errors import RunError
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.write import write_json
 
@@ -24,15 +25,18 @@ class Origin:
 
     def differences(self, other: "Origin") -> list[str]:
         """What is not the same, with both digests."""
-        parts = [(f"the text of {split}", value, other.text.get(split)) for split, value in self.text.items()]
-        parts += [("the weights of the base", self.weights, other.weights)]
-        parts += [("the tokenizer", self.tokenizer, other.tokenizer)]
+        parts = [
+            (_("the text of {split}").format(split=split), value, other.text.get(split))
+            for split, value in self.text.items()
+        ]
+        parts += [(_("the weights of the base"), self.weights, other.weights)]
+        parts += [(_("the tokenizer"), self.tokenizer, other.tokenizer)]
         parts += [
-            (f"the strategy {name}", value, other.strategies.get(name))
+            (_("the strategy {name}").format(name=name), value, other.strategies.get(name))
             for name, value in self.strategies.items()
         ]
         return [
-            f"{what} has SHA-256 {now[:16]}..., not {then[:16]}..."
+            _("{what} has SHA-256 {now}..., not {then}...").format(what=what, now=now[:16], then=then[:16])
             for what, then, now in parts
             if then and now and then != now
         ]
@@ -55,7 +59,11 @@ def read_origin(folder: Path) -> Origin | None:
     except KeyError:
         return None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as problem:
-        raise RunError(f"{file} cannot be read ({problem}); the run cannot be resumed") from problem
+        raise RunError(
+            _("{file} cannot be read ({problem}); the run cannot be resumed").format(
+                file=file, problem=problem
+            )
+        ) from problem
 
 
 def check_origin(folder: Path, now: Origin) -> None:
@@ -68,8 +76,10 @@ def check_origin(folder: Path, now: Origin) -> None:
     changed = [] if then is None else then.differences(now)
     if changed:
         raise RunError(
-            f"{folder} was made from something else under the same name: {'; '.join(changed)}. Put back what "
-            "was there, or start another run by another --run_name"
+            _(
+                "{folder} was made from something else under the same name: {names}. Put back what was "
+                "there, or start another run by another --run_name"
+            ).format(folder=folder, names="; ".join(changed))
         )
 
 
@@ -110,8 +120,10 @@ def check_alike(cells: Mapping[Path, Mapping[str, Any]]) -> None:
             other, first = seen.setdefault(words, (folder, part))
             if changed := first.differences(part):
                 raise RunError(
-                    f"{folder} was made from something else than {other.name} under the same name: "
-                    f"{'; '.join(changed)}. Delete the one that is not wanted and train it again"
+                    _(
+                        "{folder} was made from something else than {name} under the same name: {names}. "
+                        "Delete the one that is not wanted and train it again"
+                    ).format(folder=folder, name=other.name, names="; ".join(changed))
                 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from iterbatch.errors import ConfigError, RunError, first_line
+from iterbatch.language import _
 from iterbatch.plain_yaml import read_yaml
 from iterbatch.records import layout
 from iterbatch.records.origin import read_places
@@ -31,10 +32,16 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         content = read_yaml(file)
     except (OSError, ValueError) as problem:
         raise RunError(
-            f"{file} cannot be read ({first_line(problem)}); the run cannot be resumed"
+            _("{file} cannot be read ({problem}); the run cannot be resumed").format(
+                file=file, problem=first_line(problem)
+            )
         ) from problem
     if not isinstance(content, dict):
-        raise RunError(f"{file} is damaged: it holds a {type(content).__name__}; the run cannot be resumed")
+        raise RunError(
+            _("{file} is damaged: it holds a {name}; the run cannot be resumed").format(
+                file=file, name=type(content).__name__
+            )
+        )
     return {**content, **read_places(run_dir)}
 
 
@@ -63,7 +70,7 @@ def read_documents(folder: Path) -> DocumentScores:
         RunError: where the file is damaged.
     """
     file = folder / layout.DOCUMENTS
-    damaged = f"{file} is damaged{{}}; delete its folder and train that arm again"
+    damaged = _("{file} is damaged{{}}; delete its folder and train that arm again").format(file=file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = {
@@ -113,8 +120,10 @@ def read_samples(folder: Path) -> Samples:
         }
         return Samples(list(map(str, content["prompts"])), list(map(str, content["human"])), **texts)
     except BAD_JSON as problem:
-        why = "samples of an earlier version have no human continuations"
-        raise RunError(f"{file} cannot be read ({problem!r}); {why}") from problem
+        why = _("samples of an earlier version have no human continuations")
+        raise RunError(
+            _("{file} cannot be read ({problem!r}); {why}").format(file=file, problem=problem, why=why)
+        ) from problem
 
 
 def failure_of(folder: Path) -> str | None:
@@ -125,7 +134,7 @@ def failure_of(folder: Path) -> str | None:
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["reason"])
     except BAD_JSON:
-        return "for a reason that cannot be read"
+        return _("for a reason that cannot be read")
 
 
 def read_study(run_dir: Path) -> dict[str, Any]:
@@ -139,7 +148,7 @@ def read_study(run_dir: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
         for cell in content["cells"].values():
             if not isinstance(cell["config"], dict) or not isinstance(cell["arms"], dict):
-                raise ValueError("a cell has no settings or no arms")
+                raise ValueError(_("a cell has no settings or no arms"))
         return {"name": str(content["name"]), "cells": dict(content["cells"])}
     except BAD_JSON as problem:
         raise damaged_study(run_dir, problem) from problem
@@ -147,5 +156,12 @@ def read_study(run_dir: Path) -> dict[str, Any]:
 
 def damaged_study(run_dir: Path, problem: BaseException) -> ConfigError:
     """What to say of a study file that cannot be used."""
-    reason, advice = str(problem)[:200], "start the study anew with --overwrite, or under another --run_name"
-    return ConfigError(f"{run_dir / layout.STUDY} is damaged ({reason}); {advice}")
+    reason, advice = (
+        str(problem)[:200],
+        _("start the study anew with --overwrite, or under another --run_name"),
+    )
+    return ConfigError(
+        _("{run_dir} is damaged ({reason}); {advice}").format(
+            run_dir=run_dir / layout.STUDY, reason=reason, advice=advice
+        )
+    )

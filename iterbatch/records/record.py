@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from iterbatch.errors import DataError
+from iterbatch.language import _
 from iterbatch.records.write import finite, naming
 
 
@@ -94,7 +95,7 @@ class RecordWriter:
             file.seek(max(0, size - 1))
             whole = os.fstat(file.fileno()).st_size >= size and (size == 0 or file.read(1) == b"\n")
         if not whole:
-            raise ValueError(f"{self.path.name} has lost records that it continues from")
+            raise ValueError(_("{name} has lost records that it continues from").format(name=self.path.name))
         self._file.truncate(size)
         self.size = size
 
@@ -142,7 +143,11 @@ def read_lines(path: Path, kind: type[Record]) -> Iterator[Record | DataError]:
                         raise TypeError(f"{name} is {value!r}")
                 record = kind(**row)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
-                yield DataError(f"{path}, line {number}: not a {kind.__name__} ({str(problem)[:200]})")
+                yield DataError(
+                    _("{path}, line {number}: not a {name} ({problem})").format(
+                        path=path, number=number, name=kind.__name__, problem=str(problem)[:200]
+                    )
+                )
             else:
                 yield record
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iterbatch.errors import RunError
+from iterbatch.language import _
 from iterbatch.records import layout, seal
 from iterbatch.records.write import write_json
 
@@ -114,7 +115,11 @@ def read_result(folder: Path) -> ArmResult:
         seal.check(row)
         return result_of(row, folder.parent.name, layout.seed_of(folder) or 0)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
-        raise RunError(f"{file} is damaged ({problem}); {seal.ADVICE}") from problem
+        raise RunError(
+            _("{file} is damaged ({problem}); {advice}").format(
+                file=file, problem=problem, advice=_(seal.ADVICE)
+            )
+        ) from problem
 
 
 def check_records(folder: Path) -> None:
@@ -142,7 +147,11 @@ def result_of(row: Mapping[str, Any], arm: str, seed: int) -> ArmResult:
         fields[name] = value
     for name in ("flops", "tokens_trained", "tokens_unique"):
         if fields["batches"] and not fields.get(name, 1) > 0:
-            raise ValueError(f"{name} is {fields[name]!r} after {fields['batches']} batches")
+            raise ValueError(
+                _("{name} is {fields!r} after {batches} batches").format(
+                    name=name, fields=fields[name], batches=fields["batches"]
+                )
+            )
     fields["text"] = _text_metrics("text", row["text"])
     if "base_text" in row:  # earlier versions kept none
         fields["base_text"] = _text_metrics("base_text", row["base_text"])
@@ -172,7 +181,7 @@ def _settings(content: Mapping[str, Any]) -> ArmSettings:
 def _text_metrics(name: str, content: Any) -> TextMetrics:
     for decoding in DECODINGS:
         if not all(_is_number(content[decoding][metric]) for metric in TEXT_METRICS):
-            raise ValueError(f"{name} has a metric that is no number")
+            raise ValueError(_("{name} has a metric that is no number").format(name=name))
     return {
         decoding: {metric: float(value) for metric, value in content[decoding].items()}
         for decoding in DECODINGS

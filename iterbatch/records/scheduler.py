@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from iterbatch.errors import RunError
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.write import write_json
 
@@ -26,12 +27,22 @@ def read_scheduler(folder: Path) -> Mapping[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
         raise RunError(
-            f"{folder} holds no scheduler ({layout.SCHEDULER}); only learnable keeps one"
+            _("{folder} holds no scheduler ({scheduler}); only learnable keeps one").format(
+                folder=folder, scheduler=layout.SCHEDULER
+            )
         ) from problem
     except (OSError, ValueError, RecursionError) as problem:
-        raise RunError(f"{file} cannot be read ({str(problem)[:200]}); train its arm again") from problem
+        raise RunError(
+            _("{file} cannot be read ({problem}); train its arm again").format(
+                file=file, problem=str(problem)[:200]
+            )
+        ) from problem
     if not isinstance(content, dict):
-        raise RunError(f"{file} is damaged: it holds a {type(content).__name__}; train its arm again")
+        raise RunError(
+            _("{file} is damaged: it holds a {name}; train its arm again").format(
+                file=file, name=type(content).__name__
+            )
+        )
     return content
 
 
@@ -45,6 +56,9 @@ def read_schedulers(run_dir: Path) -> list[Mapping[str, Any]]:
     files = sorted(file for part in inside for file in run_dir.glob(f"{part}{layout.SCHEDULER}"))
     if not files:
         raise RunError(
-            f"{run_dir} holds no scheduler; give the folder of a run in which learnable has finished a seed"
+            _(
+                "{run_dir} holds no scheduler; give the folder of a run in which learnable has finished "
+                "a seed"
+            ).format(run_dir=run_dir)
         )
     return [read_scheduler(file.parent) for file in files]

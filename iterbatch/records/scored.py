@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from iterbatch.language import _
+
 FEW = 10  # documents; fewer are no sample
 
 
@@ -29,16 +31,17 @@ class Scored:
 
     def __str__(self) -> str:
         """As a sentence shows it."""
-        return (
-            f"{self._documents} (as much as {self.effective_documents:,.1f} of one length), "
-            f"{self.tokens:,} tokens"
-        )
+        return _(
+            "{documents} (as much as {effective_documents:,.1f} of one length), {tokens:,} tokens"
+        ).format(documents=self._documents, effective_documents=self.effective_documents, tokens=self.tokens)
 
     def caution(self, split: str) -> str | None:
         """What to keep in mind where a split has few documents."""
         if self.effective_documents >= FEW:
             return None
-        return (
-            f"{split} scores {self._documents}, which say as much as {self.effective_documents:.1f} of one "
-            f"length; below {FEW}, a difference may be that of a single one"
+        return _(
+            "{split} scores {documents}, which say as much as {effective_documents:.1f} of one "
+            "length; below {few}, a difference may be that of a single one"
+        ).format(
+            split=split, documents=self._documents, effective_documents=self.effective_documents, few=FEW
         )

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from iterbatch.errors import RunError
+from iterbatch.language import N_, _
 from iterbatch.records import layout
 from iterbatch.records.write import finite
 
 SEALED = (layout.BATCHES, layout.EVALS, layout.DOCUMENTS, layout.SAMPLES, layout.SCHEDULER)
 DIGEST, RECORDS = "digest", "records"  # of a table itself, and of the files beside it
-ADVICE = "delete its folder and train that arm again with --resume"
+ADVICE = N_("delete its folder and train that arm again with --resume")
 
 
 def sealed(content: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def check(content: Mapping[str, Any]) -> None:
         ValueError: where it was changed.
     """
     if DIGEST in content and content[DIGEST] != _digest(content):
-        raise ValueError("it is not as it was written")
+        raise ValueError(_("it is not as it was written"))
 
 
 def check_records(content: Mapping[str, Any], folder: Path) -> None:
@@ -44,8 +45,12 @@ def check_records(content: Mapping[str, Any], folder: Path) -> None:
     for name, digest in known.items() if isinstance(known, dict) else ():
         file = folder / name
         if name in SEALED and (not file.is_file() or file_digest(file) != digest):
-            how = "was changed after" if file.is_file() else "is gone since"
-            raise RunError(f"{file} {how} its arm ended; put it back, or {ADVICE}")
+            how = _("was changed after") if file.is_file() else _("is gone since")
+            raise RunError(
+                _("{file} {how} its arm ended; put it back, or {advice}").format(
+                    file=file, how=how, advice=_(ADVICE)
+                )
+            )
 
 
 def _digest(content: Mapping[str, Any]) -> str:

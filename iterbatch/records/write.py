@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iterbatch.errors import RunError
+from iterbatch.language import _
 
 SCRATCH = ".part"  # how the names of files that are being written end
 
@@ -77,10 +78,10 @@ def refuse_links(folder: Path, leaving: Collection[str] = ()) -> None:
             found = Path(parent, name)
             relative = found.relative_to(folder)  # a junction of Windows is no link by name
             if found.is_symlink() or (os.name == "nt" and found.resolve() != folder.resolve() / relative):
-                advice = "nothing is written through one; put what it names in its place"
-                raise RunError(f"{found} is a link, and {advice}")
+                advice = _("nothing is written through one; put what it names in its place")
+                raise RunError(_("{found} is a link, and {advice}").format(found=found, advice=advice))
             if not (found.is_file() or found.is_dir()):
-                raise RunError(f"{found} is neither a file nor a folder; delete it")
+                raise RunError(_("{found} is neither a file nor a folder; delete it").format(found=found))
         folders[:] = [name for name in folders if name not in leaving]
 
 

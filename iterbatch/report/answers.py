@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from iterbatch.language import N_, _
 from iterbatch.report.comparison import CellScores, Comparison
 from iterbatch.report.wording import interval_words, p_words, percent_words, signed
 from iterbatch.strategy import REFERENCE
@@ -31,14 +32,18 @@ def _conclusion(cell: CellScores) -> str:
     if cell.open:
         return unfinished(cell.open)
     if cell.arm(REFERENCE) is None:
-        return f"There is no arm '{REFERENCE}' to compare with: the table of arms stands alone."
+        return _("There is no arm '{reference}' to compare with: the table of arms stands alone.").format(
+            reference=REFERENCE
+        )
     found = [each for each in cell.against_baseline if math.isfinite(each.estimate)]
     if not found:
         return _nothing(cell)
     best = min(found, key=lambda each: each.estimate)
     opening = f"For {_budget(cell)}, "
     if best.interval is None:
-        return f"{opening}{_ended(best)}; with one seed this may be chance."
+        return _("{opening}{ended}; with one seed this may be chance.").format(
+            opening=opening, ended=_ended(best)
+        )
     return f"{opening}{_best(best, found)}{_best_repeating(cell, best, found)}"
 
 
@@ -47,14 +52,17 @@ def _best(best: Comparison, found: Sequence[Comparison]) -> str:
     better, worse = ([each.arm for each in found if each.verdict == word] for word in ("better", "worse"))
     if best.verdict == "better":
         others = [arm for arm in better if arm != best.arm]
-        also = f" {_listed(others)} ended lower, too." if others else ""
+        also = _(" {listed} ended lower, too.").format(listed=_listed(others)) if others else ""
         return f"{_ended(best)} ({_sure(best)}).{also}"
+    if len(worse) == len(found) > 1:
+        return _(
+            "every other arm ended with a higher test perplexity than the baseline; the nearest, {ended} ({sure})."
+        ).format(ended=_ended(best), sure=_sure(best))
     if len(worse) == len(found):
-        arms = "every other arm ended" if len(found) > 1 else f"{best.arm} ended"
-        nearest = f", the nearest, {best.arm}, by {percent_words(best.estimate)[0]}" if len(found) > 1 else ""
-        by = nearest or f" by {percent_words(best.estimate)[0]}"
-        return f"{arms} with a higher test perplexity than the baseline{by} ({_sure(best)})."
-    return f"no arm beat the baseline beyond chance: the nearest, {_ended(best)} ({_sure(best)})."
+        return f"{_ended(best)} ({_sure(best)})."
+    return _("no arm beat the baseline beyond chance: the nearest, {ended} ({sure}).").format(
+        ended=_ended(best), sure=_sure(best)
+    )
 
 
 def _best_repeating(cell: CellScores, best: Comparison, found: Sequence[Comparison]) -> str:
@@ -64,8 +72,10 @@ def _best_repeating(cell: CellScores, best: Comparison, found: Sequence[Comparis
         return ""
     first = min(repeating, key=lambda each: each.estimate)
     size, way = percent_words(first.estimate)
-    chance = "" if first.verdict in ("better", "worse") else ", which may be chance"
-    return f" Of the arms that repeat batches {first.arm} did best: {size} {way}{chance}."
+    chance = "" if first.verdict in ("better", "worse") else _(", which may be chance")
+    return _(" Of the arms that repeat batches {arm} did best: {size} {way}{chance}.").format(
+        arm=first.arm, size=size, way=way, chance=chance
+    )
 
 
 def _repeats(cell: CellScores, name: str) -> bool:
@@ -79,58 +89,82 @@ def over_all(cells: Mapping[str, CellScores]) -> str:
     better = [name for name, found in verdicts.items() if "better" in found]
     only_worse = [name for name, found in verdicts.items() if found == {"worse"}]
     if len(better) == len(cells):
-        return f"In each of {len(cells)} comparisons an arm ended better than the baseline beyond chance."
+        return _(
+            "In each of {count} comparisons an arm ended better than the baseline beyond chance."
+        ).format(count=len(cells))
     found = (
-        f"in {len(better)} of {len(cells)} comparisons ({_listed(better)})"
+        _("in {count} of {count2} comparisons ({listed})").format(
+            count=len(better), count2=len(cells), listed=_listed(better)
+        )
         if better
-        else f"in none of {len(cells)} comparisons"
+        else _("in none of {count} comparisons").format(count=len(cells))
     )
-    worse = f"; in {len(only_worse)} every other arm ended worse" if only_worse else ""
-    return f"{found[0].upper()}{found[1:]} an arm ended better than the baseline beyond chance{worse}."
+    worse = _("; in {count} every other arm ended worse").format(count=len(only_worse)) if only_worse else ""
+    return _("{upper}{found} an arm ended better than the baseline beyond chance{worse}.").format(
+        upper=found[0].upper(), found=found[1:], worse=worse
+    )
 
 
 def _nothing(cell: CellScores) -> str:
     failed = [str(each.seed) for arm in cell.arms if arm.name == REFERENCE for each in arm.failures]
     if failed:
-        return f"There is nothing to compare: the baseline failed with seed {', '.join(failed)}."
-    return "There is nothing to compare: no other arm has finished a seed that the baseline has finished."
+        return _("There is nothing to compare: the baseline failed with seed {names}.").format(
+            names=", ".join(failed)
+        )
+    return _("There is nothing to compare: no other arm has finished a seed that the baseline has finished.")
 
 
 def _budget(cell: CellScores) -> str:
     """What all arms had the same of, and what the dearest cost where that was not compute."""
     if cell.unit == "flops":
-        return "the same compute"
+        return _("the same compute")
     ratio = max((cell.compute_ratio(arm.name) for arm in cell.compared), default=math.nan)
-    more = f" but up to {ratio:.2f} times the compute" if ratio > 1.02 else ""
-    return f"the same {cell.unit}{more}"
+    more = _(" but up to {ratio:.2f} times the compute").format(ratio=ratio) if ratio > 1.02 else ""
+    return _("the same {unit}{more}").format(unit=cell.unit, more=more)
 
 
 def _ended(each: Comparison) -> str:
-    size, way = percent_words(each.estimate)
-    return f"{each.arm} ended with {size} {way} test perplexity than the baseline"
+    size = percent_words(each.estimate)[0]
+    if each.estimate < 0:
+        return _("{arm} ended with {size} lower test perplexity than the baseline").format(
+            arm=each.arm, size=size
+        )
+    return _("{arm} ended with {size} higher test perplexity than the baseline").format(
+        arm=each.arm, size=size
+    )
 
 
 def _sure(each: Comparison) -> str:
     """The interval in per cent, the p-value, and of how many seeds."""
     assert each.interval is not None
-    low, high = percent_words(each.interval.low), percent_words(each.interval.high)
-    interval = (
-        f"{low[0]} to {high[0]} {high[1]}" if low[1] == high[1] else f"{' '.join(low)} to {' '.join(high)}"
+    low, high = (100 * math.expm1(end) for end in (each.interval.low, each.interval.high))
+    if high < 0:
+        interval = _("{small:.1f}% to {large:.1f}% lower").format(small=-high, large=-low)
+    elif low > 0:
+        interval = _("{small:.1f}% to {large:.1f}% higher").format(small=low, large=high)
+    else:
+        interval = _("{lower:.1f}% lower to {higher:.1f}% higher").format(lower=-low, higher=high)
+    p = p_words(each.p_adjusted, "= ")
+    return _("95% interval {interval}; p {p}; {seeds} seeds").format(
+        interval=interval, p=p, seeds=len(each.seeds)
     )
-    if low[1] == high[1] == "lower":  # the smaller change first
-        interval = f"{high[0]} to {low[0]} lower"
-    return f"95% interval {interval}; p {p_words(each.p_adjusted, '= ')}; {len(each.seeds)} seeds"
 
 
 def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return (
+        names[0]
+        if len(names) == 1
+        else _("{first} and {last}").format(first=", ".join(names[:-1]), last=names[-1])
+    )
 
 
 def unfinished(pairs: Sequence[tuple[str, int]]) -> str:
     """What to say first while pairs of arm and seed are still to be trained."""
-    named = ", ".join(f"{arm} with seed {seed}" for arm, seed in pairs[:3])
-    more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
-    return f"Unfinished, no verdict yet: {named}{more} still to be trained. The numbers are those so far."
+    named = ", ".join(_("{arm} with seed {seed}").format(arm=arm, seed=seed) for arm, seed in pairs[:3])
+    more = _(" and {count} more").format(count=len(pairs) - 3) if len(pairs) > 3 else ""
+    return _(
+        "Unfinished, no verdict yet: {named}{more} still to be trained. The numbers are those so far."
+    ).format(named=named, more=more)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -138,13 +172,13 @@ def unfinished(pairs: Sequence[tuple[str, int]]) -> str:
 
 WORDS = {
     "better": "Yes",
-    "worse": "No, the other way round",
-    "no difference found": "No difference found",
-    "no interval": "Not decided: fewer than two seeds",
-    "trained alike": "Not tested: {arm} and {rival} trained alike, to the last digit",
-    "reference failed": "{rival} failed with a seed that {arm} finished",
-    "failed": "{arm} failed with a seed that {rival} finished",
-    "unfinished": "Not decided: pairs are still to be trained",
+    "worse": N_("No, the other way round"),
+    "no difference found": N_("No difference found"),
+    "no interval": N_("Not decided: fewer than two seeds"),
+    "trained alike": N_("Not tested: {arm} and {rival} trained alike, to the last digit"),
+    "reference failed": N_("{rival} failed with a seed that {arm} finished"),
+    "failed": N_("{arm} failed with a seed that {rival} finished"),
+    "unfinished": N_("Not decided: pairs are still to be trained"),
 }
 
 
@@ -155,7 +189,7 @@ def answers(cell: CellScores) -> list[Answer]:
 
 def answer(question: str, each: Comparison) -> Answer:
     """One of them."""
-    words = WORDS[each.verdict].format(arm=each.arm, rival=each.reference)
+    words = _(WORDS[each.verdict]).format(arm=each.arm, rival=each.reference)
     told = each.verdict not in ("trained alike", "failed", "reference failed")
     return Answer(
         question,
@@ -171,7 +205,9 @@ def answer(question: str, each: Comparison) -> Answer:
 def answer_line(each: Answer) -> str:
     """An answer in one line, for a terminal."""
     p = f", p {each.p}" if each.p.startswith("<") else f", p = {each.p}"
-    size = f": {each.arm} - {each.rival} {each.difference} nats a token{p if each.p not in ('', '-') else ''}"
+    size = _(": {arm} - {rival} {difference} nats a token{p}").format(
+        arm=each.arm, rival=each.rival, difference=each.difference, p=p if each.p not in ("", "-") else ""
+    )
     return f"{each.question} {each.words}{size if each.difference else ''}."
 
 
@@ -185,9 +221,9 @@ def cautions(cell: CellScores) -> list[str]:
 
 
 def _unpaired(cell: CellScores) -> list[str]:
-    left = ", ".join(f"{arm} with seed {seed}" for arm, seed in cell.unpaired)
-    why = "scored on other documents than the baseline, or document by document not at all"
-    return [f"Left out of every comparison: {left}, {why}."] if left else []
+    left = ", ".join(_("{arm} with seed {seed}").format(arm=arm, seed=seed) for arm, seed in cell.unpaired)
+    why = _("scored on other documents than the baseline, or document by document not at all")
+    return [_("Left out of every comparison: {left}, {why}.").format(left=left, why=why)] if left else []
 
 
 def _alike(cell: CellScores) -> list[str]:
@@ -197,8 +233,10 @@ def _alike(cell: CellScores) -> list[str]:
 def _compute(cell: CellScores) -> list[str]:
     if not any(cell.compute_ratio(arm.name) >= 1.02 for arm in cell.compared):
         return []
-    said = "The arms spent different amounts of compute: a lower perplexity is no proof that repeating pays"
-    advice = "" if cell.unit == "flops" else "; with --match flops every arm costs what the baseline costs"
+    said = _(
+        "The arms spent different amounts of compute: a lower perplexity is no proof that repeating pays"
+    )
+    advice = "" if cell.unit == "flops" else _("; with --match flops every arm costs what the baseline costs")
     return [f"{said}{advice}."]
 
 
@@ -211,14 +249,16 @@ def _luck(cell: CellScores) -> list[str]:
     if not known:
         return []
     return [
-        f"The choice of learning rates alone could move these differences by ± {min(known):.4f} to "
-        f"{max(known):.4f} nats a token (standard error, by the tuning seeds); the intervals allow for it."
+        _(
+            "The choice of learning rates alone could move these differences by ± {min:.4f} to {max:.4f} "
+            "nats a token (standard error, by the tuning seeds); the intervals allow for it."
+        ).format(min=min(known), max=max(known))
     ]
 
 
 def _failed(cell: CellScores) -> list[str]:
     failed = [f"{arm.name}, seed {each.seed}: {each.failed}" for arm in cell.arms for each in arm.failures]
-    return [f"Failed, and scored as infinity: {'; '.join(failed)}."] if failed else []
+    return [_("Failed, and scored as infinity: {names}.").format(names="; ".join(failed))] if failed else []
 
 
 def glance(estimate: float, verdict: str) -> str:

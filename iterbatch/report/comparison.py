@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from iterbatch.errors import RunError
+from iterbatch.language import N_, _
 from iterbatch.records import layout
 from iterbatch.records.origin import check_alike
 from iterbatch.records.read import SCORED, read_study, settings_of
@@ -35,7 +36,7 @@ from iterbatch.strategy.base import EVERY
 AXES = {
     "flops": "FLOPs",
     "train_seconds": "seconds",
-    "tokens_trained": "trained tokens",
+    "tokens_trained": N_("trained tokens"),
     "updates": "updates",
 }
 
@@ -385,7 +386,7 @@ def _questions(arm: ArmScores, adaptive: Sequence[str]) -> list[tuple[str, str, 
     """What an arm's strategy asks: question, who is examined, who must be beaten."""
     kind = STRATEGIES[arm.kind]
     if not kind.question:
-        return [(f"Does {arm.name} beat training every batch once?", arm.name, REFERENCE)]
+        return [(_("Does {name} beat training every batch once?").format(name=arm.name), arm.name, REFERENCE)]
     source = arm.settings.source if arm.settings is not None and kind.made_from else None
     if kind.rival:
         pairs = [(arm.name, kind.rival)]
@@ -398,7 +399,8 @@ def _questions(arm: ArmScores, adaptive: Sequence[str]) -> list[tuple[str, str, 
         names = [arm.name] if arm.name != arm.kind else []
         names += [examined] if kind.arm == EVERY and len(pairs) > 1 else []
         names += [f"of {source}"] if source not in (None, kind.arm) else []
-        asked.append((f"{kind.question} ({', '.join(names)})" if names else kind.question, examined, rival))
+        question = _(kind.question)
+        asked.append((f"{question} ({', '.join(names)})" if names else question, examined, rival))
     return asked
 
 
@@ -413,10 +415,14 @@ def read_cells(run_dir: Path) -> list[CellScores]:
         RunError: where there is nothing to report, or cells of one name were made from different things.
     """
     if not run_dir.is_dir():
-        raise RunError(f"{run_dir} is not a folder; give the folder of a run or a comparison")
+        raise RunError(
+            _("{run_dir} is not a folder; give the folder of a run or a comparison").format(run_dir=run_dir)
+        )
     cells = [cell for cell in cells_of(run_dir) if cell.reportable]
     if not cells:
-        raise RunError(f"{run_dir} has no finished arm; there is nothing to report yet")
+        raise RunError(
+            _("{run_dir} has no finished arm; there is nothing to report yet").format(run_dir=run_dir)
+        )
     check_alike({cell.run_dir: settings_of(cell.run_dir) for cell in cells})
     return cells
 

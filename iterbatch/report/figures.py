@@ -10,13 +10,14 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from iterbatch.errors import RunError
+from iterbatch.language import N_, _, in_use
 from iterbatch.records.record import EvalRecord
 from iterbatch.records.scheduler import read_scheduler
 from iterbatch.records.write import whole_or_not
@@ -34,6 +35,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 INK = "#010203"  # drawn in this, shown in the page's own text colour
 STYLES = ("-", "--", ":")
 MANY = 6  # arms in a legend
+# Fonts with Chinese letters, of Windows, macOS and Linux.
+CHINESE = ("Microsoft YaHei", "SimHei", "PingFang SC", "Noto Sans CJK SC", "WenQuanYi Micro Hei")
 POINTS = 4000  # of an arm in a scatter plot
 
 
@@ -56,7 +59,7 @@ def draw(cell: CellScores, folder: Path) -> list[Drawing]:
     for name, title, reading, paint in FIGURES:
         figure, axes = _empty_figure(title)
         if paint(axes, cell):
-            drawings.append(Drawing(name, title, reading, _keep(figure, folder, name)))
+            drawings.append(Drawing(name, _(title), _(reading), _keep(figure, folder, name)))
     return drawings
 
 
@@ -66,7 +69,7 @@ def draw_so_far(curves: Sequence[tuple[str, Sequence[EvalRecord]]], folder: Path
 
     if not curves:
         return None
-    title = "Validation perplexity so far"
+    title = N_("Validation perplexity so far")
     figure, axes = _empty_figure(title)
     names = list(dict.fromkeys(name for name, _ in curves))
     for name, records in curves:
@@ -75,21 +78,21 @@ def draw_so_far(curves: Sequence[tuple[str, Sequence[EvalRecord]]], folder: Path
             style["label"] = _literal(name)
         points = [each.flops for each in records], [each.ppl for each in records]
         axes.plot(*points, marker="o", markersize=3, linewidth=1.2, **style)
-    axes.set(xlabel="FLOPs", ylabel="validation perplexity", yscale="log")
+    axes.set(xlabel="FLOPs", ylabel=in_figure("validation perplexity"), yscale="log")
     _plain_ticks(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _legend(axes)
     return Drawing(
         "so_far",
         title,
-        "A line a run; those in training end where they stand.",
+        in_figure("A line a run; those in training end where they stand."),
         _keep(figure, folder, "so_far"),
     )
 
 
 def draw_pictures(cell: CellScores, files: Mapping[str, Path]) -> None:
     """Some of the figures, each as one PNG under a name of its own, with or without anything to show."""
-    for name, title, _, paint in FIGURES:
+    for name, title, _reading, paint in FIGURES:
         if name in files:
             figure, axes = _empty_figure(title)
             paint(axes, cell)
@@ -97,12 +100,29 @@ def draw_pictures(cell: CellScores, files: Mapping[str, Path]) -> None:
                 figure.savefig(scratch, format="png")
 
 
+@cache
+def _chinese_fonts() -> tuple[str, ...]:
+    """Those of this machine that have Chinese letters."""
+    from matplotlib import font_manager
+
+    known = {each.name for each in font_manager.fontManager.ttflist}
+    return tuple(name for name in CHINESE if name in known)
+
+
+def in_figure(message: str) -> str:
+    """A message in the language in use, or in English where no font here could write it."""
+    return message if in_use() == "zh" and not _chinese_fonts() else _(message)
+
+
 def _empty_figure(title: str) -> tuple[Figure, Axes]:
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    if in_use() == "zh" and _chinese_fonts():
+        mpl.rcParams["font.family"] = ["DejaVu Sans", *_chinese_fonts()]
     figure = Figure(figsize=(5.6, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, color=INK, fontsize=11, loc="left")
+    axes.set_title(in_figure(title), color=INK, fontsize=11, loc="left")
     axes.grid(alpha=0.25, color=INK, linewidth=0.6)
     axes.tick_params(colors=INK, labelsize=9)
     axes.xaxis.label.set(color=INK, fontsize=9)
@@ -173,7 +193,7 @@ def _curves(axes: Axes, cell: CellScores, *, axis: str, label: str) -> bool:
             axes.plot(
                 cost, values, color=style["color"], linestyle=style["linestyle"], linewidth=0.5, alpha=0.4
             )
-    axes.set(xlabel=label, ylabel="validation perplexity", yscale="log")
+    axes.set(xlabel=in_figure(label), ylabel=in_figure("validation perplexity"), yscale="log")
     _plain_ticks(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _legend(axes)
@@ -231,7 +251,7 @@ def _row_an_arm(
         if name in spans:
             axes.plot(spans[name], [place, place], color=colour, linewidth=2)
         axes.plot([statistics.fmean(values)], [place], "s", markersize=6, color=colour)
-    axes.set(xlabel="test perplexity, lower is better")
+    axes.set(xlabel=in_figure("test perplexity, lower is better"))
     _few_ticks(axes.xaxis)
 
 
@@ -266,7 +286,10 @@ def _against_compute(
             "fontsize": 8,
         }
         axes.annotate(_literal(name), (cost, height), color=INK, **place)
-    axes.set(xlabel="compute, times the baseline's", ylabel="test perplexity, lower is better")
+    axes.set(
+        xlabel=in_figure("compute, times the baseline's"),
+        ylabel=in_figure("test perplexity, lower is better"),
+    )
     axes.margins(x=0.18)
     _few_ticks(axes.yaxis)
 
@@ -294,7 +317,7 @@ def _forest(axes: Axes, cell: CellScores) -> bool:
             axes.plot([each.interval.low, each.interval.high], [place, place], color=colour, linewidth=2)
         axes.plot([each.estimate], [place], marker="s", color=colour, markersize=5)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set(xlabel="difference of log perplexity, nats a token, 95% interval")
+    axes.set(xlabel=in_figure("difference of log perplexity, nats a token, 95% interval"))
     return bool(found)
 
 
@@ -311,10 +334,15 @@ def _to_target(axes: Axes, cell: CellScores) -> bool:
                 axes.plot([1 / interval.high, 1 / interval.low], [place, place], color=INK, linewidth=1)
         else:
             axes.text(
-                0.01, place, f"reached with {reached} of {of} seeds", va="center", fontsize=8, color=INK
+                0.01,
+                place,
+                in_figure("reached with {reached} of {of} seeds").format(reached=reached, of=of),
+                va="center",
+                fontsize=8,
+                color=INK,
             )
     axes.axvline(1, color=INK, linewidth=0.8)
-    axes.set(xlabel="FLOPs to target, share of its own baseline's", xlim=(0, None))
+    axes.set(xlabel=in_figure("FLOPs to target, share of its own baseline's"), xlim=(0, None))
     return bool(cell.compared)
 
 
@@ -332,7 +360,10 @@ def _worth(axes: Axes, cell: CellScores) -> bool:
         line = {"arrowstyle": "-", "linewidth": 0.5, "color": INK}
         place = {"xytext": (1.06, height), "verticalalignment": "center", "fontsize": 8, "color": INK}
         axes.annotate(_literal(arm), (1, estimate), arrowprops=line, **place)
-    axes.set(xlabel="budget, share of the cell's", ylabel="log test perplexity, to the baseline's")
+    axes.set(
+        xlabel=in_figure("budget, share of the cell's"),
+        ylabel=in_figure("log test perplexity, to the baseline's"),
+    )
     return True
 
 
@@ -350,7 +381,11 @@ def _tuning(axes: Axes, cell: CellScores) -> bool:
             if losses.shape[1] > 1:
                 low, high = losses.min(axis=1), losses.max(axis=1)
                 axes.fill_between(rates, low, high, color=style["color"], alpha=0.1, linewidth=0)
-    axes.set(xlabel="learning rate", ylabel="validation loss of trials, nats a token", xscale="log")
+    axes.set(
+        xlabel=in_figure("learning rate"),
+        ylabel=in_figure("validation loss of trials, nats a token"),
+        xscale="log",
+    )
     _legend(axes)
     return bool(axes.lines)
 
@@ -369,7 +404,7 @@ def _learned(axes: Axes, cell: CellScores) -> bool:
         low, high = ([point[name][place] for point in course] for name in ("low", "high"))
         axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0)
     expected = [gain for point in course for gain in point["middling"]]
-    axes.set(xlabel="batch", ylabel="expected gain, nats a token of probe text")
+    axes.set(xlabel="batch", ylabel=in_figure("expected gain, nats a token of probe text"))
     if min(expected) > 0:
         axes.set_yscale("log")
     else:
@@ -398,7 +433,7 @@ def _passes(axes: Axes, cell: CellScores) -> bool:
         length = min(map(len, seeds))
         passes = np.array([seed[:length] for seed in seeds], dtype=float).mean(axis=0)
         axes.plot(np.arange(length), smooth(passes), linewidth=1.4, **_style(cell, arm.name))
-    axes.set(xlabel="batch", ylabel="passes a batch")
+    axes.set(xlabel="batch", ylabel=in_figure("passes a batch"))
     _legend(axes)
     return bool(axes.lines)
 
@@ -417,7 +452,7 @@ def _by_loss(axes: Axes, cell: CellScores) -> bool:
         axes.scatter(
             points[:, 0], height, s=5, alpha=0.5, linewidths=0, color=style["color"], label=style["label"]
         )
-    axes.set(xlabel="initial loss, nats a token", ylabel="passes")
+    axes.set(xlabel=in_figure("initial loss, nats a token"), ylabel="passes")
     _legend(axes, markerscale=3)
     return bool(axes.collections)
 
@@ -433,7 +468,7 @@ def _by_pass(axes: Axes, cell: CellScores) -> bool:
             fallen[: len(seed.batches.fallen)] += seed.batches.fallen
         style = _style(cell, arm.name)
         axes.plot(range(1, deepest + 1), falls / fallen, marker="o", markersize=4, linewidth=1.4, **style)
-    axes.set(xlabel="pass", ylabel="loss before it, minus initial loss")
+    axes.set(xlabel="pass", ylabel=in_figure("loss before it, minus initial loss"))
     locator: Any = axes.xaxis.get_major_locator()
     locator.set_params(integer=True)
     _legend(axes)
@@ -453,7 +488,7 @@ def _split(axes: Axes, cell: CellScores) -> bool:
         axes.barh(places, width, left=left, height=0.6, color=colour, label=label)
         left += width
     _plain_x(axes)
-    axes.set(xlabel="FLOPs a run", xlim=(0, max(left, default=0.0) * 1.02 or 1))
+    axes.set(xlabel=in_figure("FLOPs a run"), xlim=(0, max(left, default=0.0) * 1.02 or 1))
     _legend(axes, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return bool(arms)
 
@@ -480,7 +515,7 @@ def _plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
-_CURVES = (
+_CURVES = N_(
     "Lower and further left is better. Thick lines are means over seeds, thin ones single seeds; the "
     "untrained base is left out."
 )
@@ -489,78 +524,88 @@ FINAL = "final"  # the figure that a report begins with
 FIGURES: list[tuple[str, str, str, Paint]] = [
     (
         FINAL,
-        "Final test perplexity and what it cost",
-        "A small circle for each seed, a square for their mean; the bar is the 95% interval of the "
-        "difference to the baseline, whose own mean is the line. × is compute, in the baseline's.",
+        N_("Final test perplexity and what it cost"),
+        N_(
+            "A small circle for each seed, a square for their mean; the bar is the 95% interval of the "
+            "difference to the baseline, whose own mean is the line. × is compute, in the baseline's."
+        ),
         _final,
     ),
     *(
-        (
-            f"perplexity_{axis}",
-            f"Perplexity against {label}",
-            _CURVES,
-            partial(_curves, axis=axis, label=label),
-        )
-        for axis, label in AXES.items()
-        if axis != "updates"
+        (f"perplexity_{axis}", title, _CURVES, partial(_curves, axis=axis, label=AXES[axis]))
+        for axis, title in {
+            "flops": N_("Perplexity against FLOPs"),
+            "train_seconds": N_("Perplexity against seconds"),
+            "tokens_trained": N_("Perplexity against trained tokens"),
+        }.items()
     ),
     (
         "differences",
-        "Difference to the baseline",
-        "Log perplexity on the test split, arm minus baseline with the same seed. Left of 0 is better. Each "
-        "bar is for "
-        "its arm alone.",
+        N_("Difference to the baseline"),
+        N_(
+            "Log perplexity on the test split, arm minus baseline with the same seed. Left of 0 is "
+            "better. Each bar is for its arm alone."
+        ),
         _forest,
     ),
     (
         "time_to_target",
-        "Compute to reach the baseline's perplexity",
-        "FLOPs until an arm has the final validation loss of its own baseline, of the same seed, as a share "
-        "of what that one spends; geometric mean over seeds, 95% interval. No bar: not reached with every "
-        "seed.",
+        N_("Compute to reach the baseline's perplexity"),
+        N_(
+            "FLOPs until an arm has the final validation loss of its own baseline, of the same seed, as "
+            "a share of what that one spends; geometric mean over seeds, 95% interval. No bar: not "
+            "reached with every seed."
+        ),
         _to_target,
     ),
     (
         "worth",
-        "What compute is worth",
-        "Line: the baseline, decayed at several budgets. The share at which the line is as low as an arm is "
-        "what the arm's compute was worth.",
+        N_("What compute is worth"),
+        N_(
+            "Line: the baseline, decayed at several budgets. The share at which the line is as low as an "
+            "arm is what the arm's compute was worth."
+        ),
         _worth,
     ),
     (
         "tuning",
-        "How the learning rates were found",
-        "Every arm's validation loss at every rate that was tried: mean and range over the tuning seeds.",
+        N_("How the learning rates were found"),
+        N_("Every arm's validation loss at every rate that was tried: mean and range over the tuning seeds."),
         _tuning,
     ),
     (
         "learned",
-        "What learnable has learned",
-        "Gain that the scheduler of the first seed expects of each pass, for a batch of middling loss; bands "
-        "reach from losses a standard deviation below to one above. It is measured on text that is never "
-        "trained on.",
+        N_("What learnable has learned"),
+        N_(
+            "Gain that the scheduler of the first seed expects of each pass, for a batch of middling "
+            "loss; bands reach from losses a standard deviation below to one above. It is measured on "
+            "text that is never trained on."
+        ),
         _learned,
     ),
-    ("repeats", "Passes over training", "Passes a batch, mean over seeds and 15 batches.", _passes),
+    ("repeats", N_("Passes over training"), N_("Passes a batch, mean over seeds and 15 batches."), _passes),
     (
         "repeats_by_loss",
-        "Passes against initial loss",
-        "One point a batch: a rule that follows the loss rises to the right.",
+        N_("Passes against initial loss"),
+        N_("One point a batch: a rule that follows the loss rises to the right."),
         _by_loss,
     ),
     (
         "loss_by_pass",
-        "Loss before each pass",
-        "Loss before each pass on a batch minus its initial loss, mean over batches with that many passes. "
-        "It falls "
-        "there whether or not anything is learnt that helps elsewhere.",
+        N_("Loss before each pass"),
+        N_(
+            "Loss before each pass on a batch minus its initial loss, mean over batches with that many "
+            "passes. It falls there whether or not anything is learnt that helps elsewhere."
+        ),
         _by_pass,
     ),
     (
         "compute",
-        "What the compute went into",
-        "FLOPs a run, mean over seeds: fresh passes, repeated ones, and overhead (probes, and what was "
-        "undone).",
+        N_("What the compute went into"),
+        N_(
+            "FLOPs a run, mean over seeds: fresh passes, repeated ones, and overhead (probes, and what "
+            "was undone)."
+        ),
         _split,
     ),
 ]

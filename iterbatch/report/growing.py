@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.course import Course, Running, about
 from iterbatch.records.record import EvalRecord, tolerant
@@ -45,16 +46,22 @@ def write(run_dir: Path, course: Course, *, reload: bool) -> None:
 
 
 def _says(course: Course, *, reload: bool) -> str:
-    until = "This page loads itself anew until it is done."
-    done = f"{course.ended} of {course.pairs} runs have ended"
+    until = _("This page loads itself anew until it is done.")
+    done = _("{ended} of {pairs} runs have ended").format(ended=course.ended, pairs=course.pairs)
     at = datetime.now().astimezone()
     if not reload:
-        return f"Stopped at {at:%Y-%m-%d %H:%M}: {done}. The same command, or --resume, goes on."
+        return _("Stopped at {at:%Y-%m-%d %H:%M}: {done}. The same command, or --resume, goes on.").format(
+            at=at, done=done
+        )
     left = ""
     if course.left_s is not None:
         end = at + timedelta(seconds=course.left_s)
-        left = f"; about {about(course.left_s)} left, until {end:%Y-%m-%d %H:%M}"
-    return f"Still in training at {at:%Y-%m-%d %H:%M}: {done}{left}. {until}"
+        left = _("; about {about} left, until {end:%Y-%m-%d %H:%M}").format(
+            about=about(course.left_s), end=end
+        )
+    return _("Still in training at {at:%Y-%m-%d %H:%M}: {done}{left}. {until}").format(
+        at=at, done=done, left=left, until=until
+    )
 
 
 def _row(each: Running) -> dict[str, str]:
@@ -88,7 +95,8 @@ def _drawn(run_dir: Path, cells: dict[str, CellScores], course: Course) -> figur
         for each in arm.finished
     ]
     running: Sequence[tuple[str, list[EvalRecord]]] = [
-        (f"{each.name} (in training)", _validations(each.folder)) for each in course.running
+        (_("{name} (in training)").format(name=each.name), _validations(each.folder))
+        for each in course.running
     ]
     curves = [
         (label, [each for each in records if each.fraction > 0]) for label, records in [*ended, *running]

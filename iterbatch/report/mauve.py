@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.records.read import Samples, read_samples
 from iterbatch.records.result import ArmResult
 from iterbatch.report.comparison import CellScores
@@ -35,7 +36,7 @@ def scored(cells: Sequence[CellScores], model: Path) -> list[CellScores]:
         from mauve import compute_mauve  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     except ImportError as problem:
         raise ConfigError(
-            f'--mauve needs the package {problem.name}: pip install "iterbatch[mauve]"'
+            _('--mauve needs the package {name}: pip install "iterbatch[mauve]"').format(name=problem.name)
         ) from problem
     embed = _Embedder(model)
     return [cell.with_arms([_scored(arm, embed, compute_mauve) for arm in cell.arms]) for cell in cells]
@@ -79,13 +80,19 @@ class _Embedder:
 
         if not (model / "config.json").is_file():
             raise ConfigError(
-                f"--mauve {model} is not a model folder in Hugging Face format (it has no config.json)"
+                _(
+                    "--mauve {model} is not a model folder in Hugging Face format (it has no config.json)"
+                ).format(model=model)
             )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
             self.model = AutoModel.from_pretrained(model, local_files_only=True, use_safetensors=True).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as problem:
-            raise ConfigError(f"--mauve {model} cannot be loaded: {str(problem)[:300]}") from problem
+            raise ConfigError(
+                _("--mauve {model} cannot be loaded: {problem}").format(
+                    model=model, problem=str(problem)[:300]
+                )
+            ) from problem
         self._known: dict[str, np.ndarray] = {}  # human continuations come back with every arm
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from iterbatch.errors import RunError
+from iterbatch.language import _, in_use
 from iterbatch.records import layout
 from iterbatch.records.base_table import read_base_table
 from iterbatch.records.write import refuse_links, write_text
@@ -107,15 +108,17 @@ def write_several(run_dirs: Sequence[Path], folder: Path) -> list[CellScores]:
         RunError: as :func:`write`, or where the folder holds something else.
     """
     if len(set(map(Path.resolve, run_dirs))) < len(run_dirs):
-        raise RunError("one of the folders is named twice; give each run once")
+        raise RunError(_("one of the folders is named twice; give each run once"))
     if (
         folder.exists()
         and (not folder.is_dir() or any(folder.iterdir()))
         and not (folder / layout.REPORT).is_file()
     ):
-        raise RunError(f"{folder} exists and holds no report; give another folder by --out")
+        raise RunError(
+            _("{folder} exists and holds no report; give another folder by --out").format(folder=folder)
+        )
     if (folder / layout.STUDY).exists() or (folder / layout.CONFIG).exists():
-        raise RunError(f"{folder} is the folder of a run; give another one by --out")
+        raise RunError(_("{folder} is the folder of a run; give another one by --out").format(folder=folder))
     named: dict[str, CellScores] = {}
     for run_dir in run_dirs:
         refuse_links(run_dir, leaving=[layout.TRACKING])
@@ -159,7 +162,7 @@ def _write(
         "map": _map(sections),
         "differences": differences(cells) if len(cells) > 1 else [],
         "text_metrics": tables.TEXT,
-        "run_columns": list(tables.RUNS),
+        "run_columns": [_(head) for head in tables.RUNS],
     }
     for name in (layout.REPORT, layout.REPORT_TEXT):
         write_text(folder / name, _render(name, content))
@@ -178,6 +181,7 @@ def _render(name: str, content: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    loader.globals |= {"_": _, "language": in_use()}
     loader.filters |= {"plain": plain, "markdown": markdown, "combine": lambda one, two: one | two}
     return loader.get_template(name).render(**content)
 
@@ -215,29 +219,41 @@ def _notes(cell: CellScores) -> list[str]:
     method, coverage = cell.method
     notes = []
     if seeds < 2:
-        notes.append("There are fewer than two seeds, so there are no intervals: differences may be chance.")
+        notes.append(
+            _("There are fewer than two seeds, so there are no intervals: differences may be chance.")
+        )
     elif coverage:
         others = ", ".join(f"{name} {share:.1%}" for name, share in coverage.items() if name != method)
         notes.append(
-            f"95% intervals by the method '{method}', chosen by simulation with this study's own numbers of "
-            f"seeds and documents and its own variances: it held the truth in {coverage[method]:.1%} of "
-            f"simulated studies ({others}). Each interval is for its difference alone; p-values and verdicts "
-            "are corrected for the number of arms, or of controls, by Holm's method."
+            _(
+                "95% intervals by the method '{method}', chosen by simulation with this study's own "
+                "numbers of seeds and documents and its own variances: it held the truth in "
+                "{coverage:.1%} of simulated studies ({others}). Each interval is for its difference "
+                "alone; p-values and verdicts are corrected for the number of arms, or of controls, by "
+                "Holm's method."
+            ).format(method=method, coverage=coverage[method], others=others)
         )
     if cell.exchange is not None:
         shares = ", ".join(f"{share:g}" for share in cell.exchange[0])
-        notes.append(f"Compute worth is read off baselines that decayed at {shares} of the budget.")
+        notes.append(
+            _("Compute worth is read off baselines that decayed at {shares} of the budget.").format(
+                shares=shares
+            )
+        )
     notes += _base_table(cell)
     if cell.skipped_lines:
         notes.append(
-            f"{cell.skipped_lines} lines of records could not be read (cut off, damaged, or of another "
-            "version) and were skipped."
+            _(
+                "{skipped_lines} lines of records could not be read (cut off, damaged, or of another "
+                "version) and were skipped."
+            ).format(skipped_lines=cell.skipped_lines)
         )
     bare = [arm.name for arm in cell.arms if any(not each.documents for each in arm.finished)]
     if bare:
         notes.append(
-            "Without scores by document, as an earlier version kept none, and so not compared: "
-            f"{', '.join(bare)}."
+            _(
+                "Without scores by document, as an earlier version kept none, and so not compared: {names}."
+            ).format(names=", ".join(bare))
         )
     return notes
 
@@ -248,9 +264,13 @@ def _base_table(cell: CellScores) -> list[str]:
     if table is None:
         return []
     whole = baseline.mean(lambda result: result.flops) if baseline is not None else math.nan
-    share = f", {table.flops / whole:.0%} of a baseline" if math.isfinite(whole) else ""
-    cost = f"{table.flops / 1e9:,.0f} GFLOPs{share}, in no arm's budget"
-    return [f"The base's losses on all training blocks were computed once for all arms and seeds: {cost}."]
+    share = _(", {flops:.0%} of a baseline").format(flops=table.flops / whole) if math.isfinite(whole) else ""
+    cost = _("{flops:,.0f} GFLOPs{share}, in no arm's budget").format(flops=table.flops / 1e9, share=share)
+    return [
+        _(
+            "The base's losses on all training blocks were computed once for all arms and seeds: {cost}."
+        ).format(cost=cost)
+    ]
 
 
 def _map(sections: Sequence[Section]) -> list[dict[str, Any]]:

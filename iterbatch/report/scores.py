@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from iterbatch.errors import DataError, RunError
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.read import DocumentScores, failure_of, read_documents
 from iterbatch.records.record import BatchRecord, EvalRecord, read_lines, tolerant
@@ -139,9 +140,13 @@ class ArmScores:
             return ""
         losses = np.concatenate([each.losses[np.isfinite(each.losses)] for each in batches])
         (passes,) = planned
-        times = "repeated no batch" if passes == 1 else f"gave every batch {passes} passes alike"
-        saw = (
-            f"{self.name} {times}: their initial losses lay between {losses.min():.2f} and {losses.max():.2f}"
+        times = (
+            _("repeated no batch")
+            if passes == 1
+            else _("gave every batch {passes} passes alike").format(passes=passes)
+        )
+        saw = _("{name} {times}: their initial losses lay between {min:.2f} and {max:.2f}").format(
+            name=self.name, times=times, min=losses.min(), max=losses.max()
         )
         advice = kind.advice(losses.tolist()) if len(losses) else ""
         return f"{saw}. {advice}".rstrip(". ") + "."
@@ -181,7 +186,7 @@ def _seed(seed: int, folder: Path) -> SeedScores:
     evals, skipped = tolerant(folder / layout.EVALS, EvalRecord)
     failed = result.stopped or None
     if failed is None and not result.finite:
-        failed = "its final loss is not finite"
+        failed = _("its final loss is not finite")
     documents = read_documents(folder)
     if result.finite:
         _check_alike(folder, result, evals, documents)
@@ -197,7 +202,11 @@ def _check_alike(
         RunError: naming what does not.
     """
     if any(record.tokens <= 0 for record in evals):
-        raise RunError(f"{folder / layout.EVALS} has an evaluation of no tokens; {ADVICE}")
+        raise RunError(
+            _("{folder} has an evaluation of no tokens; {advice}").format(
+                folder=folder / layout.EVALS, advice=_(ADVICE)
+            )
+        )
     told = {
         split: math.log(ppl) for split, ppl in (("validation", result.val_ppl), ("test", result.test_ppl))
     }
@@ -207,5 +216,11 @@ def _check_alike(
     for file, losses in ((layout.DOCUMENTS, by_document), (layout.EVALS, by_evaluation)):
         for split, loss in losses.items():
             if not math.isclose(loss, told[split], rel_tol=1e-6, abs_tol=1e-9):
-                losses_told = f"{loss:.6f} and {told[split]:.6f} nats a token on {split}"
-                raise RunError(f"{folder / file} and {layout.RESULT} do not agree: {losses_told}; {ADVICE}")
+                losses_told = _("{loss:.6f} and {told:.6f} nats a token on {split}").format(
+                    loss=loss, told=told[split], split=split
+                )
+                raise RunError(
+                    _("{folder} and {result} do not agree: {losses_told}; {advice}").format(
+                        folder=folder / file, result=layout.RESULT, losses_told=losses_told, advice=_(ADVICE)
+                    )
+                )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from iterbatch.language import N_, _
 from iterbatch.records import layout
 from iterbatch.report.comparison import CellScores
 from iterbatch.report.scores import ArmScores
@@ -14,7 +15,7 @@ from iterbatch.strategy import STRATEGIES, own_knobs
 
 ONE = r"s\b"  # what a unit loses where there is one of it
 DIGEST = 16  # hexadecimal digits that are shown of a SHA-256
-UNITS = {"flops": "FLOPs", "tokens": "trained tokens"}
+UNITS = {"flops": "FLOPs", "tokens": N_("trained tokens")}
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,18 @@ def setup_of(cell: CellScores) -> dict[str, str]:
     """What all arms had alike: a term and what it was."""
     settings, manifest = cell.config, _manifest(cell)
     parts = {
-        "Model": _model(settings, manifest),
-        "Adapters": _adapters(settings, manifest),
-        "Training text": _text(settings, manifest),
-        "Scored text": "; ".join(f"{split}: {text}" for split, text in cell.scored.items()),
-        "Budget": _budget(settings, manifest),
-        "Batch": _batch(settings, manifest),
-        "Optimizer": _optimizer(settings),
-        "Seeds": " ".join(map(str, manifest.get("seeds") or settings.get("seeds") or ())),
-        "Frozen prefix": _prefix(settings, manifest),
-        "Machine": _machine(manifest),
-        "Versions": _versions(manifest),
-        "Date": str(manifest.get("started", "")),
+        _("Model"): _model(settings, manifest),
+        _("Adapters"): _adapters(settings, manifest),
+        _("Training text"): _text(settings, manifest),
+        _("Scored text"): "; ".join(f"{split}: {text}" for split, text in cell.scored.items()),
+        _("Budget"): _budget(settings, manifest),
+        _("Batch"): _batch(settings, manifest),
+        _("Optimizer"): _optimizer(settings),
+        _("Seeds"): " ".join(map(str, manifest.get("seeds") or settings.get("seeds") or ())),
+        _("Frozen prefix"): _prefix(settings, manifest),
+        _("Machine"): _machine(manifest),
+        _("Versions"): _versions(manifest),
+        _("Date"): str(manifest.get("started", "")),
     }
     return {term: value for term, value in parts.items() if value}
 
@@ -89,7 +90,11 @@ def _count(value: Any, unit: str) -> str:
 
 
 def _digest(value: Any, of: str) -> str:
-    return f"SHA-256 of {of} {value[:DIGEST]}" if isinstance(value, str) and value else ""
+    return (
+        _("SHA-256 of {of} {value}").format(of=of, value=value[:DIGEST])
+        if isinstance(value, str) and value
+        else ""
+    )
 
 
 def _value(value: Any) -> str:
@@ -100,8 +105,12 @@ def _model(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     model, plan, origin = (_part(manifest, name) for name in ("model", "plan", "origin"))
     name = str(model.get("name") or settings.get("model_name") or "")
     kind = f" ({model['type']})" if "type" in model else ""
-    quantised = f"frozen weights in {settings['load_in']}" if settings.get("load_in") else ""
-    weights = _digest(origin.get("weights"), "its weights")
+    quantised = (
+        _("frozen weights in {load_in}").format(load_in=settings["load_in"])
+        if settings.get("load_in")
+        else ""
+    )
+    weights = _digest(origin.get("weights"), _("its weights"))
     return _joined(
         f"{name}{kind}",
         _count(plan.get("parameters"), "parameters"),
@@ -116,10 +125,12 @@ def _adapters(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         return ""
     plan = _part(manifest, "plan")
     return _joined(
-        f"LoRA of rank {settings['lora_rank']}, alpha {settings.get('lora_alpha')}",
+        _("LoRA of rank {lora_rank}, alpha {then}").format(
+            lora_rank=settings["lora_rank"], then=settings.get("lora_alpha")
+        ),
         f"layers {settings.get('lora_layers')}",
         _value(settings.get("lora_targets") or ""),
-        _count(plan.get("trainable_parameters"), "trained parameters"),
+        _count(plan.get("trainable_parameters"), _("trained parameters")),
     )
 
 
@@ -128,14 +139,16 @@ def _text(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     documents = plan.get("documents") or _part(data, "documents").get("train")
     loss_on = plan.get("loss_on")
     asked = (
-        "" if not isinstance(loss_on, dict) or set(loss_on) <= {"all"} else f"loss on {', '.join(loss_on)}"
+        ""
+        if not isinstance(loss_on, dict) or set(loss_on) <= {"all"}
+        else _("loss on {names}").format(names=", ".join(loss_on))
     )
     return _joined(
         str(data.get("source") or settings.get("dataset") or ""),
         _count(documents, "documents"),
         _count(plan.get("tokens"), "tokens"),
         asked,
-        _digest(_part(_part(manifest, "origin"), "text").get("train") or data.get("sha256"), "the text"),
+        _digest(_part(_part(manifest, "origin"), "text").get("train") or data.get("sha256"), _("the text")),
         f"licence: {data['licence']}" if data.get("licence") else "",
     )
 
@@ -144,44 +157,55 @@ def _budget(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     unit, plan = str(settings.get("match", "epochs")), _part(manifest, "plan")
     epochs = _count(settings.get("epochs"), "epochs")
     if unit == "epochs":
-        return f"{epochs} for every arm; what that costs differs"
+        return _("{epochs} for every arm; what that costs differs").format(epochs=epochs)
     amount = settings.get("budget")
-    what = f"{amount:,.0f}" if isinstance(amount, int | float) else f"what the baseline needs for {epochs}"
+    what = (
+        f"{amount:,.0f}"
+        if isinstance(amount, int | float)
+        else _("what the baseline needs for {epochs}").format(epochs=epochs)
+    )
     flops = plan.get("flops")
     size = f"{flops / 1e9:,.0f} GFLOPs" if unit == "flops" and isinstance(flops, int | float) else ""
-    return _joined(f"the same {UNITS.get(unit, unit)} for every arm: {what}", size)
+    return _joined(
+        _("the same {then} for every arm: {what}").format(then=UNITS.get(unit, unit), what=what), size
+    )
 
 
 def _batch(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     plan, size, micro = _part(manifest, "plan"), settings.get("batch_size"), settings.get("grad_accum") or 1
     if not isinstance(size, int) or not isinstance(micro, int):
         return ""
-    blocks = f"{size * micro} blocks" + (f" ({micro} micro-batches of {size})" if micro > 1 else "")
-    length = _count(plan.get("max_length") or settings.get("max_length"), "tokens each")
+    blocks = f"{size * micro} blocks" + (
+        _(" ({micro} micro-batches of {size})").format(micro=micro, size=size) if micro > 1 else ""
+    )
+    length = _count(plan.get("max_length") or settings.get("max_length"), _("tokens each"))
     return _joined(
-        blocks + (f" of {length}" if length else ""), _count(plan.get("batches"), "batches in the text")
+        blocks + (f" of {length}" if length else ""), _count(plan.get("batches"), _("batches in the text"))
     )
 
 
 def _optimizer(settings: Mapping[str, Any]) -> str:
     if "warmup" not in settings:
         return ""
-    return (
-        f"AdamW, weight decay {settings.get('weight_decay')}, gradient norm at most "
-        f"{settings.get('clip_norm')}; the learning rate rises over {settings['warmup']:.0%} of the budget "
-        "(ten updates at least) and falls along a cosine to 0"
-    )
+    return _(
+        "AdamW, weight decay {then}, gradient norm at most {then2}; the learning rate rises over "
+        "{warmup:.0%} of the budget (ten updates at least) and falls along a cosine to 0"
+    ).format(then=settings.get("weight_decay"), then2=settings.get("clip_norm"), warmup=settings["warmup"])
 
 
 def _prefix(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     price = _part(manifest, "plan").get("price_ratio")
     words = {
-        "off": "computed in every pass",
-        "batch": "computed once a batch",
-        "epoch": "kept for later epochs and arms",
+        "off": _("computed in every pass"),
+        "batch": _("computed once a batch"),
+        "epoch": _("kept for later epochs and arms"),
     }
     how = words.get(str(settings.get("reuse")), "")
-    price = f"a repeat costs {price:.2f} of a fresh pass" if isinstance(price, int | float) else ""
+    price = (
+        _("a repeat costs {price:.2f} of a fresh pass").format(price=price)
+        if isinstance(price, int | float)
+        else ""
+    )
     return _joined(how, price)
 
 
@@ -192,8 +216,8 @@ def _machine(manifest: Mapping[str, Any]) -> str:
         str(manifest.get("platform", "")),
         str(hardware.get("cpu", "")),
         _count(hardware.get("cores"), "cores"),
-        _count(hardware.get("threads"), "threads a process"),
-        (", ".join(map(str, gpus)) or "no GPU") if hardware else "",
+        _count(hardware.get("threads"), _("threads a process")),
+        (", ".join(map(str, gpus)) or _("no GPU")) if hardware else "",
     )
 
 
@@ -225,9 +249,11 @@ def _arm(cell: CellScores, arm: ArmScores) -> ArmSetUp:
 def _tried(cell: CellScores, arm: ArmScores) -> str:
     curve = cell.tuning.get(arm.name)
     if curve is None:
-        return "not tuned"
+        return _("not tuned")
     low, high = min(curve.rates), max(curve.rates)
     seeds = curve.table.shape[1]
-    edge = "; the best lies at the edge" if curve.best is not None and curve.at_edge(curve.best) else ""
-    several = f", {seeds} seeds each" if seeds > 1 else ""
-    return f"{len(curve.rates)} rates from {low:.3g} to {high:.3g}{several}{edge}"
+    edge = _("; the best lies at the edge") if curve.best is not None and curve.at_edge(curve.best) else ""
+    several = _(", {seeds} seeds each").format(seeds=seeds) if seeds > 1 else ""
+    return _("{count} rates from {low:.3g} to {high:.3g}{several}{edge}").format(
+        count=len(curve.rates), low=low, high=high, several=several, edge=edge
+    )

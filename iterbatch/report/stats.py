@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
+from iterbatch.language import _
+
 LEVEL = 0.95
 RESAMPLES, DRAWS = 999, 2000
 MOST_SEEDS = 10_000  # that a power calculation looks at
@@ -263,7 +265,7 @@ def compare(nats: np.ndarray, reference: np.ndarray, tokens: np.ndarray, method:
         ValueError: with fewer than two seeds.
     """
     if len(nats) < 2:
-        raise ValueError(f"{len(nats)} seed; an interval needs at least 2")
+        raise ValueError(_("{count} seed; an interval needs at least 2").format(count=len(nats)))
     delta, table = difference(nats, reference, tokens)
     low, high, p = METHODS[method](table)
     return Interval(delta, low, high, p, method)
@@ -378,7 +380,7 @@ def speed_up(reference: Sequence[float], costs: Sequence[float]) -> Interval:
         return Interval(0.0, math.nan, math.nan, math.nan, "missed")
     mean = float(logs.mean())
     if len(logs) < 2:
-        return Interval(math.exp(mean), math.nan, math.nan, math.nan, "one seed")
+        return Interval(math.exp(mean), math.nan, math.nan, math.nan, _("one seed"))
     error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, len(logs) - 1)) if error else float(mean == 0)
@@ -433,7 +435,9 @@ def seeds_needed(
         documents: Their number.
     """
     if not effect > 0:
-        raise ValueError(f"an effect of {effect} cannot be looked for; it must be above 0")
+        raise ValueError(
+            _("an effect of {effect} cannot be looked for; it must be above 0").format(effect=effect)
+        )
     from_documents = document_error * float(stats.t.ppf((1 + level) / 2, documents - 1))
     for seeds in range(2, MOST_SEEDS + 1):
         critical = stats.t.ppf((1 + level) / 2, seeds - 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from iterbatch.errors import RunError
+from iterbatch.language import N_, _
 from iterbatch.records import layout
 from iterbatch.records.read import read_results, read_samples
 from iterbatch.records.result import DECODINGS, TEXT_METRICS, ArmResult, TextMetrics
@@ -22,17 +23,24 @@ from iterbatch.report.scores import ArmScores
 from iterbatch.report.wording import code, markdown, mean, number, spread
 
 COLUMNS = (
-    "strategy",
-    "val. perplexity",
-    "test perplexity",
-    "batches",
-    "updates",
-    "passes a batch",
-    "GFLOPs",
-    "x baseline",
-    "train seconds",
+    N_("strategy"),
+    N_("val. perplexity"),
+    N_("test perplexity"),
+    N_("batches"),
+    N_("updates"),
+    N_("passes a batch"),
+    N_("GFLOPs"),
+    N_("x baseline"),
+    N_("train seconds"),
 )
-NARROW = ("strategy", "val. perplexity", "test perplexity", "passes a batch", "x baseline", "train seconds")
+NARROW = (
+    N_("strategy"),
+    N_("val. perplexity"),
+    N_("test perplexity"),
+    N_("passes a batch"),
+    N_("x baseline"),
+    N_("train seconds"),
+)
 SHOWN = 5  # samples on a page
 PICTURES = {"perplexity_flops": "ppl_vs_flops.png", "repeats": "repeats.png"}  # a figure to its file
 
@@ -91,7 +99,7 @@ def _row(arm: ArmScores, ratio: float) -> list[str]:
 
 
 def _perplexity(values: Sequence[float]) -> str:
-    return spread(values) if all(map(math.isfinite, values)) else "not finite"
+    return spread(values) if all(map(math.isfinite, values)) else _("not finite")
 
 
 def scored_words(cell: CellScores) -> str:
@@ -106,16 +114,20 @@ def scored_words(cell: CellScores) -> str:
 def _page(cell: CellScores, results: Sequence[ArmResult]) -> str:
     seeds = max(len(_results(arm)) for arm in cell.arms)
     base = results[0].base_val_ppl
-    before = f"{base:,.3f}" if math.isfinite(base) else "not finite"
-    several = f"Seeds: {seeds}. Where there are several, mean ± standard deviation over seeds."
+    before = f"{base:,.3f}" if math.isfinite(base) else _("not finite")
+    several = _("Seeds: {seeds}. Where there are several, mean ± standard deviation over seeds.").format(
+        seeds=seeds
+    )
     lines = [f"# {markdown(cell.run_dir.name)}", ""]
     lines += [
-        f"Validation perplexity before training: {before}. Perplexity is exp(total nats / total tokens).",
+        _(
+            "Validation perplexity before training: {before}. Perplexity is exp(total nats / total tokens)."
+        ).format(before=before),
         "",
     ]
     lines += [several, ""] if seeds > 1 else []
     lines += [f"Scored: {scored}.", ""] if (scored := scored_words(cell)) else []
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(map(_, COLUMNS)) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join([markdown(name), *cells]) + " |" for name, *cells in rows(cell)]
     lines += ["", *_troubles(results)]
     for caution in cautions(cell):
@@ -135,9 +147,9 @@ def _page(cell: CellScores, results: Sequence[ArmResult]) -> str:
     compute, passes = PICTURES.values()
     lines += [
         "",
-        f"![Validation perplexity against compute]({compute})",
+        _("![Validation perplexity against compute]({compute})").format(compute=compute),
         "",
-        f"![Passes over training]({passes})",
+        _("![Passes over training]({passes})").format(passes=passes),
         "",
     ]
     return "\n".join(lines)
@@ -147,19 +159,26 @@ def _troubles(results: Sequence[ArmResult]) -> list[str]:
     lines = []
     for each in results:
         arm = f"{markdown(each.strategy)}, seed {each.seed}"
-        lines += [f"**{arm}, stopped early**: {markdown(each.stopped)}.", ""] if each.stopped else []
+        lines += (
+            [_("**{arm}, stopped early**: {stopped}.").format(arm=arm, stopped=markdown(each.stopped)), ""]
+            if each.stopped
+            else []
+        )
         lines += [f"**{arm}**: {'; '.join(faults)}.", ""] if (faults := _faults(each)) else []
     return lines
 
 
 def _faults(result: ArmResult) -> list[str]:
     """What went wrong with the numbers of an arm."""
-    undone = f"({result.flops_lost / 1e9:,.1f} GFLOPs undone, and charged)"
+    undone = _("({flops_lost:,.1f} GFLOPs undone, and charged)").format(flops_lost=result.flops_lost / 1e9)
     counted = [
-        (result.nonfinite_losses, "passes with a loss that was not finite, their updates skipped"),
-        (result.nonfinite_gradients, "passes with a gradient that was not finite, their updates skipped"),
-        (result.scaler_skips, "updates skipped by the float16 scaler"),
-        (result.rollbacks, f"returns to a checkpoint with half the learning rate {undone}"),
+        (result.nonfinite_losses, _("passes with a loss that was not finite, their updates skipped")),
+        (result.nonfinite_gradients, _("passes with a gradient that was not finite, their updates skipped")),
+        (result.scaler_skips, _("updates skipped by the float16 scaler")),
+        (
+            result.rollbacks,
+            _("returns to a checkpoint with half the learning rate {undone}").format(undone=undone),
+        ),
     ]
     return [f"{count} {meaning}" for count, meaning in counted if count]
 
@@ -167,35 +186,41 @@ def _faults(result: ArmResult) -> list[str]:
 def _reuse_section(cell: CellScores, results: Sequence[ArmResult]) -> list[str]:
     if not any(each.flops_saved for each in results):
         return []
-    columns = "| strategy | GFLOPs saved | seconds saved | seconds charged for what another arm computed |"
-    lines = ["## Frozen prefix reused", "", columns, "|" + " --- |" * 4]
+    columns = _("| strategy | GFLOPs saved | seconds saved | seconds charged for what another arm computed |")
+    lines = [_("## Frozen prefix reused"), "", columns, "|" + " --- |" * 4]
     for arm in cell.arms:
         own = _results(arm)
         saved = mean([each.flops_saved / 1e9 for each in own]), mean([each.seconds_saved for each in own])
         cells = [f"{value:,.1f}" for value in (*saved, mean([each.seconds_charged for each in own]))]
         lines.append(f"| {markdown(arm.name)} | {' | '.join(cells)} |")
-    note = (
+    note = _(
         "Means over seeds. Every arm is charged as if it ran alone; what is saved is what it neither "
         "computed nor paid for."
     )
     size = results[-1].store_gb
-    return [*lines, "", note, "", *([f"Activations on disk: {size:.3f} GB.", ""] if size else [])]
+    return [
+        *lines,
+        "",
+        note,
+        "",
+        *([_("Activations on disk: {size:.3f} GB.").format(size=size), ""] if size else []),
+    ]
 
 
 def _text_table(cell: CellScores, results: Sequence[ArmResult]) -> list[str]:
     lines = [
-        "| strategy | decoding | distinct-1 | distinct-2 | rep-4 | mean length, tokens |",
+        _("| strategy | decoding | distinct-1 | distinct-2 | rep-4 | mean length, tokens |"),
         "| --- | --- | --- | --- | --- | --- |",
     ]
     base = results[0].base_text
-    groups: list[tuple[str, list[TextMetrics]]] = [("before training", [base] if base else [])]
+    groups: list[tuple[str, list[TextMetrics]]] = [(_("before training"), [base] if base else [])]
     groups += [(arm.name, [each.text for each in _results(arm)]) for arm in cell.arms]
     for label, texts in groups:
         for decoding in DECODINGS if texts else ():
             values = [mean([text[decoding][metric] for text in texts]) for metric in TEXT_METRICS]
             cells = [*(f"{value:.3f}" for value in values[:3]), f"{values[3]:.1f}"]
             lines.append(f"| {markdown(label)} | {decoding} | {' | '.join(cells)} |")
-    return [*lines, "", "Five prompts an arm, unless --prompts says more: too few for more than a glance."]
+    return [*lines, "", _("Five prompts an arm, unless --prompts says more: too few for more than a glance.")]
 
 
 def _write_samples(folder: Path, title: str) -> None:
@@ -206,7 +231,9 @@ def _write_samples(folder: Path, title: str) -> None:
         samples = read_samples(folder)
     except RunError:
         return  # of an earlier version
-    how = "Each text continues the prompt. Greedy takes the likeliest token, sampled draws with a fixed seed."
+    how = _(
+        "Each text continues the prompt. Greedy takes the likeliest token, sampled draws with a fixed seed."
+    )
     lines = [f"# Samples: {markdown(title)}", "", how, ""]
     for place, prompt in enumerate(samples.prompts[:SHOWN]):
         lines += [f"## Prompt {place + 1}", "", *code(prompt), ""]

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from iterbatch.errors import RunError
+from iterbatch.language import N_, _
 from iterbatch.records import layout
 from iterbatch.records.read import Samples, read_samples
 from iterbatch.records.result import DECODINGS, ArmResult
@@ -31,56 +32,56 @@ from iterbatch.strategy import REFERENCE
 
 SAMPLES = 4  # prompts shown side by side
 TEXT = {  # metric of generated text to its name and how to read it
-    "distinct_1": ("distinct-1", "different tokens over all tokens; higher is more varied"),
-    "distinct_2": ("distinct-2", "the same for pairs"),
-    "distinct_3": ("distinct-3", "the same for triples"),
-    "rep_4": ("rep-4", "share of repeated runs of four tokens within a text; lower is better"),
-    "self_bleu": ("self-BLEU", "how much texts resemble each other, 0 to 100; lower is more varied"),
-    "mauve": ("MAUVE", "how near the texts are to the human continuations, 0 to 1; higher is better"),
-    "mean_length": ("length", "mean tokens a text, of at most 60"),
+    "distinct_1": ("distinct-1", N_("different tokens over all tokens; higher is more varied")),
+    "distinct_2": ("distinct-2", N_("the same for pairs")),
+    "distinct_3": ("distinct-3", N_("the same for triples")),
+    "rep_4": ("rep-4", N_("share of repeated runs of four tokens within a text; lower is better")),
+    "self_bleu": ("self-BLEU", N_("how much texts resemble each other, 0 to 100; lower is more varied")),
+    "mauve": ("MAUVE", N_("how near the texts are to the human continuations, 0 to 1; higher is better")),
+    "mean_length": (N_("length"), N_("mean tokens a text, of at most 60")),
 }
 OUTCOME = {  # column of the first table of arms to how it is headed
-    "test": "test perplexity",
-    "delta": "Δ log perplexity to the baseline, 95%",
+    "test": N_("test perplexity"),
+    "delta": N_("Δ log perplexity to the baseline, 95%"),
     "p": "p",
-    "passes": "passes a batch",
-    "ratio": "compute, × baseline",
-    "seconds": "training seconds",
-    "fresh": "fresh tokens",
+    "passes": N_("passes a batch"),
+    "ratio": N_("compute, × baseline"),
+    "seconds": N_("training seconds"),
+    "fresh": N_("fresh tokens"),
 }
 MORE = {  # of the second
-    "seeds": "seeds",
-    "validation": "validation perplexity",
-    "improvement": "probability of improvement",
-    "worth": "compute worth",
-    "target": "FLOPs to target",
-    "luck": "luck of the rate",
-    "updates": "updates",
-    "trained": "trained tokens",
+    "seeds": N_("seeds"),
+    "validation": N_("validation perplexity"),
+    "improvement": N_("probability of improvement"),
+    "worth": N_("compute worth"),
+    "target": N_("FLOPs to target"),
+    "luck": N_("luck of the rate"),
+    "updates": N_("updates"),
+    "trained": N_("trained tokens"),
     "gflops": "GFLOPs",
 }
 MEMORY = {
-    "train": "loss on trained text",
-    "gap": "validation − train",
-    "most_passes": "passes, most",
-    "most": "fall there",
-    "least_passes": "passes, least",
-    "least": "fall there",
-    "difference": "most − least",
+    "train": N_("loss on trained text"),
+    "gap": N_("validation − train"),
+    "most_passes": N_("passes, most"),
+    "most": N_("fall there"),
+    "least_passes": N_("passes, least"),
+    "least": N_("fall there"),
+    "difference": N_("most − least"),
 }
 RUNS = {  # of the table of runs: how a column is headed, its figure, and digits
-    "validation perplexity": (lambda result: result.val_ppl, 3),
-    "test perplexity": (lambda result: result.test_ppl, 3),
-    "bits a byte": (lambda result: result.bits_per_byte, 4),
-    "passes a batch": (lambda result: result.mean_repeats, 2),
-    "batches": (lambda result: result.batches, 0),
-    "updates": (lambda result: result.updates, 0),
-    "fresh tokens": (lambda result: result.tokens_unique, 0),
-    "trained tokens": (lambda result: result.tokens_trained, 0),
+    N_("validation perplexity"): (lambda result: result.val_ppl, 3),
+    N_("test perplexity"): (lambda result: result.test_ppl, 3),
+    N_("bits a byte"): (lambda result: result.bits_per_byte, 4),
+    N_("passes a batch"): (lambda result: result.mean_repeats, 2),
+    N_("batches"): (lambda result: result.batches, 0),
+    N_("updates"): (lambda result: result.updates, 0),
+    N_("fresh tokens"): (lambda result: result.tokens_unique, 0),
+    N_("trained tokens"): (lambda result: result.tokens_trained, 0),
     "GFLOPs": (lambda result: result.flops / 1e9, 0),
-    "seconds": (lambda result: result.train_seconds, 1),
-    "peak memory, MB": (lambda result: result.peak_memory_mb, 0),
-    "skipped updates": (lambda result: result.skipped_updates, 0),
+    N_("seconds"): (lambda result: result.train_seconds, 1),
+    N_("peak memory, MB"): (lambda result: result.peak_memory_mb, 0),
+    N_("skipped updates"): (lambda result: result.skipped_updates, 0),
 }
 RECORDS = (layout.RESULT, layout.BATCHES, layout.EVALS, layout.DOCUMENTS)  # that a run's row leads to
 
@@ -134,7 +135,9 @@ def _arm_row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> d
 def _to_target(cell: CellScores, arm: ArmScores) -> str:
     interval, reached, of = cell.to_target(arm.name)
     return (
-        share_words(interval) if reached == of and interval.estimate > 0 else f"reached by {reached} of {of}"
+        share_words(interval)
+        if reached == of and interval.estimate > 0
+        else _("reached by {reached} of {of}").format(reached=reached, of=of)
     )
 
 
@@ -142,7 +145,7 @@ def shown(columns: Mapping[str, str], rows: Iterable[Mapping[str, str]]) -> dict
     """The columns in which any row has something."""
     kept = list(rows)
     return {
-        name: head
+        name: _(head)
         for name, head in columns.items()
         if any(row.get(name, "") not in ("", "-") for row in kept)
     }
@@ -208,7 +211,7 @@ def samples(cell: CellScores) -> list[dict[str, Any]]:
     if not there:
         return []
     first = next(iter(there.values()))
-    columns = {"before training": first.base, **{name: samples.trained for name, samples in there.items()}}
+    columns = {_("before training"): first.base, **{name: samples.trained for name, samples in there.items()}}
     return [
         {
             "prompt": prompt,
@@ -293,14 +296,14 @@ def _tex_table(name: str, cell: CellScores) -> str:
     rows = arm_rows(cell)
     columns = shown(OUTCOME, rows)
     caption = f"{name}. " if name else ""
-    caption += "Mean ± standard deviation over seeds; 95% intervals; p-values after Holm's correction."
+    caption += _("Mean ± standard deviation over seeds; 95% intervals; p-values after Holm's correction.")
     lines = [
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{tex(caption)}}}",
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"\toprule",
-        " & ".join(map(tex, ["arm", *columns.values()])) + r" \\",
+        " & ".join(map(tex, [_("arm"), *columns.values()])) + r" \\",
         r"\midrule",
         *(" & ".join(map(tex, [row["arm"], *(row[name] for name in columns)])) + r" \\" for row in rows),
         r"\bottomrule",

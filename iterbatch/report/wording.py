@@ -5,6 +5,7 @@ import re
 import statistics
 from collections.abc import Sequence
 
+from iterbatch.language import _
 from iterbatch.report.comparison import Comparison
 from iterbatch.report.stats import Interval
 
@@ -60,7 +61,7 @@ def share_words(speed_up: Interval) -> str:
 def percent_words(estimate: float) -> tuple[str, str]:
     """What a difference of log perplexity means for perplexity: how many per cent, and lower or higher."""
     change = math.expm1(estimate) * 100
-    return f"{abs(change):.1f}%", "lower" if change < 0 else "higher"
+    return f"{abs(change):.1f}%", _("lower") if change < 0 else _("higher")
 
 
 def p_words(p: float, before: str = "") -> str:

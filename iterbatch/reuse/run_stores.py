@@ -15,6 +15,7 @@ import torch
 from iterbatch.config import SpeedConfig
 from iterbatch.data.corpus import SPLITS
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.model.cut import CutModel
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.reuse.store import DTYPES, ActivationStore, Layout, Warn, stores_folder
@@ -52,9 +53,15 @@ class Texts:
             layout = Layout([len(item) for item in self.items[split]], width, speed.reuse_dtype, left)
             if split == "train" and not layout.capacity:
                 raise ConfigError(
-                    f"--reuse_limit_gb is {speed.reuse_limit_gb:g}, less than one block "
-                    f"({layout.offsets[1] / 1e9:.2g} GB); all {len(layout.lengths)} take "
-                    f"{layout.offsets[-1] / 1e9:.2g} GB. Give more, or --reuse batch"
+                    _(
+                        "--reuse_limit_gb is {reuse_limit_gb:g}, less than one block ({offsets:.2g} GB); "
+                        "all {count} take {offsets2:.2g} GB. Give more, or --reuse batch"
+                    ).format(
+                        reuse_limit_gb=speed.reuse_limit_gb,
+                        offsets=layout.offsets[1] / 1e9,
+                        count=len(layout.lengths),
+                        offsets2=layout.offsets[-1] / 1e9,
+                    )
                 )
             result[split], left = layout, left - layout.bytes
         return result
@@ -98,8 +105,10 @@ def open_reuse(
     if speed.reuse == "epoch":
         if model.cut == 0:
             warn(
-                "--reuse epoch: the lowest adapter is on layer 0, so there is no frozen prefix to reuse; "
-                "--lora_layers top:N makes one"
+                _(
+                    "--reuse epoch: the lowest adapter is on layer 0, so there is no frozen prefix to "
+                    "reuse; --lora_layers top:N makes one"
+                )
             )
         else:
             stores, kept_as = _open_stores(texts, model, speed, warn), DTYPES[speed.reuse_dtype]
@@ -144,9 +153,10 @@ def _open_store(folder: Path, header: dict[str, Any], layout: Layout, warn: Warn
         store = ActivationStore(folder, header, layout, warn) if is_main() else None
     except OSError as problem:
         warn(
-            f"the activation store {folder} cannot be used ({problem.strerror}); training continues without "
-            "it, "
-            "as with --reuse batch"
+            _(
+                "the activation store {folder} cannot be used ({problem}); training continues without "
+                "it, as with --reuse batch"
+            ).format(folder=folder, problem=problem.strerror)
         )
         store = None
     writable = from_main(None if store is None else store.writable)

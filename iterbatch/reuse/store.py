@@ -24,6 +24,7 @@ from torch import Tensor
 
 from iterbatch.data.cache import cache_folder
 from iterbatch.errors import RunError
+from iterbatch.language import _
 from iterbatch.records.write import read_json, refuse_links, write_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -111,19 +112,26 @@ class ActivationStore:
             self._wait_for_files()
             self._say(
                 "busy",
-                f"another run is filling {self.folder.name}; this one reads what is there and stores nothing",
+                _("another run is filling {name}; this one reads what is there and stores nothing").format(
+                    name=self.folder.name
+                ),
             )
             return False
         except RunError as problem:
-            self._say("link", f"{problem}; the activation store is read, nothing is stored")
+            self._say(
+                "link",
+                _("{problem}; the activation store is read, nothing is stored").format(problem=problem),
+            )
             return False
         except OSError as problem:
             if not (self.folder / "header.json").exists():
                 raise
             self._say(
                 "read-only",
-                f"the activation store {self.folder} cannot be written ({problem.strerror}); it is read, "
-                "nothing is stored",
+                _(
+                    "the activation store {folder} cannot be written ({problem}); it is read, nothing is "
+                    "stored"
+                ).format(folder=self.folder, problem=problem.strerror),
             )
             return False
         self._lock = lock
@@ -158,8 +166,10 @@ class ActivationStore:
         if file.exists() and read_json(file) != header:
             self._say(
                 "foreign",
-                f"the activation store {self.folder} belongs to another key or its header is damaged; it is "
-                "built anew",
+                _(
+                    "the activation store {folder} belongs to another key or its header is damaged; it "
+                    "is built anew"
+                ).format(folder=self.folder),
             )
             for name in self._sizes:
                 (self.folder / name).unlink(missing_ok=True)
@@ -181,7 +191,9 @@ class ActivationStore:
             self._index, self._data = np.empty(0, dtype=ENTRY), np.empty(0, dtype=np.uint8)
             self._say(
                 "short",
-                f"the activation store {self.folder} is cut short and cannot be written; it is not used",
+                _("the activation store {folder} is cut short and cannot be written; it is not used").format(
+                    folder=self.folder
+                ),
             )
             return
         # Reads go through the map, writes through the file: writing to a map kills the process when
@@ -211,8 +223,10 @@ class ActivationStore:
             if int(entry["checksum"]) != _checksum(item, data, entry["seconds"]):
                 self._say(
                     "damaged",
-                    f"the activation store {self.folder} has items that were changed or lost on disk; they "
-                    "are computed again",
+                    _(
+                        "the activation store {folder} has items that were changed or lost on disk; they "
+                        "are computed again"
+                    ).format(folder=self.folder),
                 )
                 return None
             self._verified[item] = True
@@ -235,8 +249,10 @@ class ActivationStore:
             self.writable = False
             self._say(
                 "full",
-                f"the activation store {self.folder} takes no more ({problem.strerror}); training continues "
-                "without storing",
+                _(
+                    "the activation store {folder} takes no more ({problem}); training continues without "
+                    "storing"
+                ).format(folder=self.folder, problem=problem.strerror),
             )
         else:
             self._verified[item] = True
@@ -351,7 +367,11 @@ def chosen_stores(keys: Sequence[str] = ()) -> list[StoreInfo]:
     for key in keys:
         matches = [store.key for store in stores if store.key.startswith(key)]
         if len(matches) != 1:
-            raise RunError(f"the key '{key}' names {len(matches)} stores; `iterbatch cache list` shows them")
+            raise RunError(
+                _("the key '{key}' names {count} stores; `iterbatch cache list` shows them").format(
+                    key=key, count=len(matches)
+                )
+            )
     return [store for store in stores if not keys or any(store.key.startswith(key) for key in keys)]
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from iterbatch.errors import RunError, first_line
+from iterbatch.language import _
 from iterbatch.records.write import whole_or_not
 from iterbatch.runtime.processes import agreed, count, from_main, gathered, is_main, rank
 
@@ -68,8 +69,10 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, np.generic):
         return pack(value.item(), tensors)
     raise TypeError(
-        f"a state_dict holds a {type(value).__name__}; allowed are numbers, strings, tensors, arrays, lists "
-        "and dicts of them"
+        _(
+            "a state_dict holds a {name}; allowed are numbers, strings, tensors, arrays, lists and dicts "
+            "of them"
+        ).format(name=type(value).__name__)
     )
 
 
@@ -114,9 +117,11 @@ def read_state(path: Path) -> Any:
     except SafetensorError as problem:
         raise ValueError(str(problem)) from problem
     if metadata.get("format") != str(FORMAT):
-        raise ValueError(f"its format is {metadata.get('format')}, not {FORMAT}")
+        raise ValueError(
+            _("its format is {then}, not {format}").format(then=metadata.get("format"), format=FORMAT)
+        )
     if metadata.get("sha256") != _digest(metadata.get("state", ""), tensors):
-        raise ValueError("its checksum is wrong")
+        raise ValueError(_("its checksum is wrong"))
     return unpack(json.loads(metadata["state"]), tensors)
 
 
@@ -152,8 +157,10 @@ class RandomStates:
         saved = state["processes"]
         if len(saved) != count():
             raise RunError(
-                f"the run was made by {len(saved)} process(es) and cannot be resumed by {count()}; start it "
-                "with as many as before"
+                _(
+                    "the run was made by {count} process(es) and cannot be resumed by {count2}; start it "
+                    "with as many as before"
+                ).format(count=len(saved), count2=count())
             )
         mine = saved[rank()]
         version, inner, gauss = mine["python"]
@@ -205,12 +212,14 @@ class Checkpoints:
         try:
             write_state(self.folder / f"checkpoint-{number:06d}.safetensors", state)
         except TypeError as problem:
-            raise RunError(f"no checkpoint can be made: {problem}") from problem
+            raise RunError(_("no checkpoint can be made: {problem}").format(problem=problem)) from problem
         except (OSError, SafetensorError) as problem:
             if not self._unwritable:
                 self._warn(
-                    f"no checkpoint could be written to {self.folder} ({problem}); training continues, the "
-                    "one before stays"
+                    _(
+                        "no checkpoint could be written to {folder} ({problem}); training continues, the "
+                        "one before stays"
+                    ).format(folder=self.folder, problem=problem)
                 )
             self._unwritable = True
             return
@@ -245,8 +254,10 @@ class Checkpoints:
         ) as problem:
             # Whatever a damaged or foreign file may bring about in a part.
             self._warn(
-                f"the checkpoint {file} cannot be used ({first_line(problem)}); the one before it is taken, "
-                "or else the arm starts anew"
+                _(
+                    "the checkpoint {file} cannot be used ({problem}); the one before it is taken, or "
+                    "else the arm starts anew"
+                ).format(file=file, problem=first_line(problem))
             )
             return False
         self._start = state["at_start"]

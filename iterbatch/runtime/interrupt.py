@@ -5,12 +5,14 @@ import threading
 from types import FrameType
 from typing import Any
 
+from iterbatch.language import _
+
 
 class Stopped(KeyboardInterrupt):
     """A run has stopped because it was asked to, with everything saved."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        super().__init__(_("stopped by {name}").format(name=signal.Signals(signum).name))
         self.exit_code = 128 + signum
 
 

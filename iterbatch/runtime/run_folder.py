@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from iterbatch.config import LAST, BenchConfig
 from iterbatch.errors import RunError, typed
+from iterbatch.language import _
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records.layout import CONFIG, HOLDER, LOCK, TRACKING
 from iterbatch.records.read import read_config
@@ -39,11 +40,17 @@ def resume_folder(resume: Path, save_dir: Path, run_name: str | None) -> Path:
     else:
         runs = [file for file in save_dir.glob(f"*/{CONFIG}") if file.is_file()] if save_dir.is_dir() else []
         if not runs:
-            raise RunError(f"there is no run in {save_dir} to resume; leave --resume out to start one")
+            raise RunError(
+                _("there is no run in {save_dir} to resume; leave --resume out to start one").format(
+                    save_dir=save_dir
+                )
+            )
         folder = max(runs, key=lambda file: file.stat().st_mtime).parent
     folder = folder.resolve()
     if not (folder / CONFIG).is_file():
-        raise RunError(f"there is no run to resume at {folder}; leave --resume out to start it")
+        raise RunError(
+            _("there is no run to resume at {folder}; leave --resume out to start it").format(folder=folder)
+        )
     return folder
 
 
@@ -70,7 +77,9 @@ def find_folder(config: BenchConfig) -> Path:
         tempfile.TemporaryFile(dir=folder if run.resume else folder.parent).close()
     except OSError as problem:
         raise RunError(
-            f"{problem.filename or folder} cannot be written ({problem.strerror}); give another --save_dir"
+            _("{filename} cannot be written ({problem}); give another --save_dir").format(
+                filename=problem.filename or folder, problem=problem.strerror
+            )
         ) from problem
     return folder
 
@@ -78,18 +87,22 @@ def find_folder(config: BenchConfig) -> Path:
 def _check_free(folder: Path, overwrite: bool) -> None:
     """Whether a run may begin here: nothing is there, or a run that may be replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise RunError(f"{folder} is not a folder; give another --run_name")
+        raise RunError(_("{folder} is not a folder; give another --run_name").format(folder=folder))
     if not folder.exists() or not any(run_content(folder)):
         return
     if not overwrite:
         raise RunError(
-            f"{folder} exists already; resume it by {typed('--resume', folder)}, replace it by --overwrite, "
-            "or give another --run_name"
+            _(
+                "{folder} exists already; resume it by {typed}, replace it by --overwrite, or give "
+                "another --run_name"
+            ).format(folder=folder, typed=typed("--resume", folder))
         )
     if not (folder / CONFIG).exists():
         raise RunError(
-            f"{folder} is not the folder of a run (it has no {CONFIG}), so --overwrite leaves it alone; "
-            "give another --run_name"
+            _(
+                "{folder} is not the folder of a run (it has no {config}), so --overwrite leaves it "
+                "alone; give another --run_name"
+            ).format(folder=folder, config=CONFIG)
         )
 
 
@@ -105,14 +118,16 @@ def run_content(folder: Path) -> list[Path]:
 def _check_same_experiment(config: BenchConfig, folder: Path) -> None:
     then, now = read_config(folder), config.flat()
     changed = [
-        f"--{key} was {then.get(key)}, now {value}"
+        _("--{key} was {then}, now {value}").format(key=key, then=then.get(key), value=value)
         for key, value in now.items()
         if key not in RESUMABLE and then.get(key) != value and not _same_place(key, then.get(key), value)
     ]
     if changed:
         raise RunError(
-            f"{folder} was made with other settings, its arms could not be compared: {'; '.join(changed)}. "
-            "Give another --run_name"
+            _(
+                "{folder} was made with other settings, its arms could not be compared: {names}. Give "
+                "another --run_name"
+            ).format(folder=folder, names="; ".join(changed))
         )
 
 
@@ -144,7 +159,9 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as problem:
         raise RunError(
-            f"{folder} is in use by {_holder(folder)}; wait for it to end, or give another --run_name"
+            _("{folder} is in use by {holder}; wait for it to end, or give another --run_name").format(
+                folder=folder, holder=_holder(folder)
+            )
         ) from problem
     try:
         write_text(folder / HOLDER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
@@ -187,9 +204,9 @@ def is_locked(folder: Path) -> bool:
 def _holder(folder: Path) -> str:
     try:
         who = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
-        return f"process {int(who['pid'])} on {str(who['host'])!r}"
+        return _("process {int} on {host!r}").format(int=int(who["pid"]), host=str(who["host"]))
     except (OSError, ValueError, TypeError, KeyError):
-        return "another process"
+        return _("another process")
 
 
 def empty(folder: Path) -> None:

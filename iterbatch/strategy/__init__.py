@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from iterbatch.config import Knob, knobs_of
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.strategy import own
 from iterbatch.strategy.base import BaseTrainingStrategy, ControlStep, Step
 from iterbatch.strategy.controls import (
@@ -180,14 +181,20 @@ def register(word: str | type[BaseTrainingStrategy], folder: Path = Path()) -> s
     else:
         source, name, kind = None, word.__name__, own.checked(word.__name__, word)
     if name in STRATEGIES and STRATEGIES[name] is not kind and name not in REGISTERED:
-        raise ConfigError(f"{word}: there is a strategy {name} already; give the class another name")
+        raise ConfigError(
+            _("{word}: there is a strategy {name} already; give the class another name").format(
+                word=word, name=name
+            )
+        )
     others = knobs()
     STRATEGIES[name] = kind
     for knob, mine in own_knobs(name).items():
         theirs = others.get(knob)
         if theirs is not None and theirs.kind is not mine.kind:
             del STRATEGIES[name]
-            advice = f"other strategies' {knob} is a {theirs.kind.__name__}; let it be one, or rename it"
+            advice = _("other strategies' {knob} is a {name}; let it be one, or rename it").format(
+                knob=knob, name=theirs.kind.__name__
+            )
             raise ConfigError(f"{word}: {advice}")
     REGISTERED.add(name)
     if source is not None:
@@ -197,7 +204,9 @@ def register(word: str | type[BaseTrainingStrategy], folder: Path = Path()) -> s
 
 def _names(strategies: list[str]) -> str:
     every = [name for name, kind in STRATEGIES.items() if kind.gives_k]
-    return "every strategy that gives k" if set(every) <= {*strategies, "spaced"} else ", ".join(strategies)
+    return (
+        _("every strategy that gives k") if set(every) <= {*strategies, "spaced"} else ", ".join(strategies)
+    )
 
 
 def needs_source(name: str) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 
 from iterbatch.config import Knob
 from iterbatch.errors import RunError
+from iterbatch.language import N_, _
 from iterbatch.strategy.base import (
     BASE_LOSSES,
     EVERY,
@@ -48,7 +49,7 @@ class FixedStrategy(BaseTrainingStrategy):
     """Every batch ``max_repeats`` times."""
 
     summary: ClassVar[str] = "every batch as often"
-    question: ClassVar[str] = "Does adapting beat the same number of passes for every batch?"
+    question: ClassVar[str] = N_("Does adapting beat the same number of passes for every batch?")
     arm: ClassVar[str] = EVERY
 
     max_repeats: Annotated[int, Knob("all its passes", at_least=1)] = 2
@@ -73,7 +74,7 @@ class _FromSource(BaseTrainingStrategy):
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise RunError("the arm that a control is made from has no batches")
+            raise RunError(_("the arm that a control is made from has no batches"))
         self.mean = float(np.mean(self.source))
         self.random = np.random.default_rng([self.seed, 3])
 
@@ -128,7 +129,7 @@ class PermutedStrategy(_Dealt):
     """
 
     summary: ClassVar[str] = "ABR's own run of k, shuffled over batches"
-    question: ClassVar[str] = "Does the loss signal matter (which batches are repeated, and when)?"
+    question: ClassVar[str] = N_("Does the loss signal matter (which batches are repeated, and when)?")
 
     def chosen(self, initial_loss: float) -> int:
         """Any."""
@@ -143,7 +144,7 @@ class ProfileStrategy(_FromSource):
     """
 
     summary: ClassVar[str] = "the k of ABR's arm with another seed, at the same batch number"
-    question: ClassVar[str] = "Does it matter which batches are repeated, when only their time is kept?"
+    question: ClassVar[str] = N_("Does it matter which batches are repeated, when only their time is kept?")
     made_from: ClassVar[str] = OTHER_PASSES
 
     batch: int = field(default=0, init=False)
@@ -168,7 +169,7 @@ class RandomStrategy(_FromSource):
     """Each batch's k drawn from the source's histogram."""
 
     summary: ClassVar[str] = "k drawn from the histogram of ABR's"
-    question: ClassVar[str] = "Does it matter, against draws from the same histogram?"
+    question: ClassVar[str] = N_("Does it matter, against draws from the same histogram?")
 
     def repeats(self, initial_loss: float) -> int:
         """A draw."""
@@ -198,7 +199,7 @@ class InverseStrategy(_Dealt):
     """ABR upside down: its own run of k, dealt out so that the lowest losses get the most passes."""
 
     summary: ClassVar[str] = "ABR upside down: its own run of k, the most passes where the loss ranks lowest"
-    question: ClassVar[str] = "Is it high-loss batches that deserve repeats?"
+    question: ClassVar[str] = N_("Is it high-loss batches that deserve repeats?")
 
     losses: deque[float] = field(default_factory=_recent, init=False)
 
@@ -228,7 +229,7 @@ class ExcessStrategy(ABRStrategy):
     """
 
     summary: ClassVar[str] = "ABR on what a batch's loss has above the untrained base's"
-    question: ClassVar[str] = "Is difficulty beyond the base's a better signal than difficulty?"
+    question: ClassVar[str] = N_("Is difficulty beyond the base's a better signal than difficulty?")
     rival: ClassVar[str] = "abr"
     needs: ClassVar[str] = BASE_LOSSES
 
@@ -280,7 +281,7 @@ class GradientNoiseStrategy(BaseTrainingStrategy):
     """Repeats where the batch is large against the noise of its gradient; nothing is learned."""
 
     summary: ClassVar[str] = "`min(int(rows / noise scale), max_repeats)`, by its micro-batches' gradients"
-    question: ClassVar[str] = "Does ABR beat a rule that asks how noisy the gradient is?"
+    question: ClassVar[str] = N_("Does ABR beat a rule that asks how noisy the gradient is?")
     adapts: ClassVar[bool] = True
     needs: ClassVar[str] = GRADIENT_NOISE
 
@@ -311,7 +312,7 @@ class ScaledLRStrategy(ABRRule):
 
     summary: ClassVar[str] = "one pass at k times the learning rate"
     gives_k: ClassVar[bool] = False
-    question: ClassVar[str] = "Is it more than a larger learning rate on the same batches?"
+    question: ClassVar[str] = N_("Is it more than a larger learning rate on the same batches?")
     rival: ClassVar[str] = ""
 
     def train_batch(self, batch: Batch, step: ControlStep) -> BatchRecord:
@@ -327,7 +328,7 @@ class HigherLRStrategy(_FromSource):
 
     summary: ClassVar[str] = "one pass at mean k times the learning rate"
     gives_k: ClassVar[bool] = False
-    question: ClassVar[str] = "Is it more than a larger learning rate everywhere?"
+    question: ClassVar[str] = N_("Is it more than a larger learning rate everywhere?")
 
     def repeats(self, initial_loss: float) -> int:
         """Always 1."""
@@ -344,7 +345,7 @@ class WeightedStrategy(ABRRule):
 
     summary: ClassVar[str] = "one pass with the loss weighted by k over mean k"
     gives_k: ClassVar[bool] = False
-    question: ClassVar[str] = "Is it more than a weight on the loss?"
+    question: ClassVar[str] = N_("Is it more than a weight on the loss?")
     rival: ClassVar[str] = ""
 
     total: int = field(default=0, init=False)
@@ -382,7 +383,7 @@ class SpacedStrategy(ABRStrategy):
     """ABR with ``--placement spaced``: its repeats of a batch come later, one at a time."""
 
     summary: ClassVar[str] = "ABR's repeats, spread over later batches"
-    question: ClassVar[str] = "Does immediacy matter, against the same passes later?"
+    question: ClassVar[str] = N_("Does immediacy matter, against the same passes later?")
     rival: ClassVar[str] = ""
 
     placement: str = field(default=SPACED, init=False)
@@ -394,7 +395,7 @@ class SmallBatchesStrategy(_FromSource):
 
     summary: ClassVar[str] = "no repeats: batches cut into mean k parts"
     gives_k: ClassVar[bool] = False
-    question: ClassVar[str] = "Is it more than many small updates on fresh text?"
+    question: ClassVar[str] = N_("Is it more than many small updates on fresh text?")
 
     parts: Annotated[
         int | None, Knob("shares that every batch is cut into, instead of the source's mean k", at_least=2)
@@ -450,7 +451,7 @@ class SelectiveStrategy(BaseTrainingStrategy):
 
     summary: ClassVar[str] = "a forward on every batch, an update where its loss ranks high"
     gives_k: ClassVar[bool] = False
-    question: ClassVar[str] = "Does it beat choosing batches by their loss?"
+    question: ClassVar[str] = N_("Does it beat choosing batches by their loss?")
 
     seed: int = 0
     losses: deque[float] = field(default_factory=_recent, init=False)

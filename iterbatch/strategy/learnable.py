@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 
 from iterbatch.config import Knob
+from iterbatch.language import N_
 from iterbatch.records.scheduler import read_schedulers
 from iterbatch.strategy.base import MAX_REPEATS, PROBE_TEXT, SCHEDULER, BaseTrainingStrategy, Step
 from iterbatch.strategy.scheduler import SPENT, VERSION, GainLearner
@@ -32,10 +33,10 @@ class LearnableSchedulingStrategy(BaseTrainingStrategy):
     """
 
     summary: ClassVar[str] = (
-        "as long as one more pass is expected to gain more than it costs; a small network learns the gains "
-        "from probes"
+        "as long as one more pass is expected to gain more than it costs; a small network learns the "
+        "gains from probes"
     )
-    question: ClassVar[str] = "Does learnable beat training every batch once?"
+    question: ClassVar[str] = N_("Does learnable beat training every batch once?")
     arm: ClassVar[str] = "learnable"
     rival: ClassVar[str] = "baseline"
     adapts: ClassVar[bool] = True
@@ -152,7 +153,7 @@ class FrozenStrategy(LearnableSchedulingStrategy):
     """The policy that a finished arm ended with, from the first batch on: what it learned, for nothing."""
 
     summary: ClassVar[str] = "by the policy that learnable ended with, from the first batch on, unprobed"
-    question: ClassVar[str] = "Does learning on the way matter, against its final policy from the start?"
+    question: ClassVar[str] = N_("Does learning on the way matter, against its final policy from the start?")
     rival: ClassVar[str] = ""
     needs: ClassVar[str] = ""
     made_from: ClassVar[str] = SCHEDULER

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from iterbatch.config import Knob
+from iterbatch.language import N_, _
 from iterbatch.strategy.base import MAX_REPEATS, BaseTrainingStrategy
 from iterbatch.strategy.threshold import QUANTILE, Threshold, auto_repeats
 
@@ -104,7 +105,7 @@ class ABRStrategy(ABRRule):
     summary: ClassVar[str] = (
         "`min(int(loss / threshold), max_repeats)` where its initial loss is above the threshold"
     )
-    question: ClassVar[str] = "Does ABR beat training every batch once?"
+    question: ClassVar[str] = N_("Does ABR beat training every batch once?")
     rival: ClassVar[str] = "baseline"
     adapts: ClassVar[bool] = True
 
@@ -113,20 +114,28 @@ class ABRStrategy(ABRRule):
         if self.threshold.quantile is not None or not math.isfinite(base_loss):
             return ""
         threshold, passes = float(self.loss_threshold), self.repeats(base_loss)
-        at = f"the base's loss is {base_loss:.2f}, and at --loss_threshold {threshold:g} a batch"
+        at = _("the base's loss is {base_loss:.2f}, and at --loss_threshold {threshold:g} a batch").format(
+            base_loss=base_loss, threshold=threshold
+        )
         if passes == 1:
-            said = f"{at} is repeated from {2 * threshold:.2f} on: hardly any will be"
+            said = _("{at} is repeated from {threshold:.2f} on: hardly any will be").format(
+                at=at, threshold=2 * threshold
+            )
         elif passes == self.max_repeats:
-            said = f"{at} gets all {passes} passes from {passes * threshold:.2f} on: at first every one will"
+            said = _("{at} gets all {passes} passes from {passes2:.2f} on: at first every one will").format(
+                at=at, passes=passes, passes2=passes * threshold
+            )
         else:
             return ""
-        return f"{said}. --loss_threshold auto follows the losses"
+        return _("{said}. --loss_threshold auto follows the losses").format(said=said)
 
     @classmethod
     def advice(cls, losses: Sequence[float]) -> str:
         """The thresholds from which it would repeat a tenth, a third and half of these losses."""
         found = [f"{abr_threshold(share, losses):.3g}" for share in SHARES]
-        return f"--loss_threshold {found[0]} repeats a tenth of them, {found[1]} a third, {found[2]} half"
+        return _("--loss_threshold {found} repeats a tenth of them, {found2} a third, {found3} half").format(
+            found=found[0], found2=found[1], found3=found[2]
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,7 +183,7 @@ class SlidingWindowStrategy(BaseTrainingStrategy):
     """Looks back on the last ``window_size`` initial losses. See :func:`window_repeats`."""
 
     summary: ClassVar[str] = "by the trend of the last losses, the current loss and their volatility"
-    question: ClassVar[str] = "Does the sliding window beat training every batch once?"
+    question: ClassVar[str] = N_("Does the sliding window beat training every batch once?")
     arm: ClassVar[str] = "window"
     rival: ClassVar[str] = "baseline"
     adapts: ClassVar[bool] = True

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from iterbatch.errors import ConfigError, did_you_mean, first_line
+from iterbatch.language import _
 from iterbatch.strategy.base import BaseTrainingStrategy
 
 GROUP = "iterbatch.strategies"  # entry points of packages
@@ -58,16 +59,20 @@ def read(word: str, folder: Path = Path()) -> tuple[Source, type[BaseTrainingStr
     Raises:
         ConfigError: where there is no such file or class, it cannot be imported, or is no strategy.
     """
-    place, _, name = word.rpartition(":")
+    place, name = word.rsplit(":", 1)
     file = next((each for each in (folder / place, Path(place)) if each.is_file()), None)
     if file is None:
-        raise ConfigError(f"the strategy {word}: there is no file {place}")
+        raise ConfigError(_("the strategy {word}: there is no file {place}").format(word=word, place=place))
     file = file.resolve()
     source = Source(file, name, hashlib.sha256(file.read_bytes()).hexdigest())
     kind: Any = getattr(_module(source), name, None)
     if not inspect.isclass(kind):
         classes = [each for each, value in vars(_module(source)).items() if inspect.isclass(value)]
-        raise ConfigError(f"{file} has no class {name}{did_you_mean(name, classes)}")
+        raise ConfigError(
+            _("{file} has no class {name}{near}").format(
+                file=file, name=name, near=did_you_mean(name, classes)
+            )
+        )
     return source, checked(word, kind)
 
 
@@ -78,9 +83,9 @@ def checked(word: str, kind: type) -> type[BaseTrainingStrategy]:
         ConfigError: where it is none, or lacks what every strategy must write.
     """
     if not issubclass(kind, BaseTrainingStrategy):
-        raise ConfigError(f"{word} does not derive from iterbatch.BaseTrainingStrategy")
+        raise ConfigError(_("{word} does not derive from iterbatch.BaseTrainingStrategy").format(word=word))
     if missing := sorted(getattr(kind, "__abstractmethods__", ())):
-        raise ConfigError(f"{word} must write {', '.join(missing)}")
+        raise ConfigError(_("{word} must write {names}").format(word=word, names=", ".join(missing)))
     return kind
 
 
@@ -99,7 +104,9 @@ def _module(source: Source) -> ModuleType:
     except Exception as problem:  # whatever its author's code raises
         del sys.modules[name]
         what = f"{type(problem).__name__}: {first_line(problem)}"
-        raise ConfigError(f"{source.file} cannot be imported: {what}") from problem
+        raise ConfigError(
+            _("{file} cannot be imported: {what}").format(file=source.file, what=what)
+        ) from problem
     return module
 
 
@@ -111,10 +118,14 @@ def from_packages(known: Iterable[str]) -> dict[str, type[BaseTrainingStrategy]]
     found: dict[str, type[BaseTrainingStrategy]] = {}
     for entry in metadata.entry_points(group=GROUP):
         if entry.name in known:
-            BROKEN[entry.name] = f"the package's '{entry.value}' has the name of another strategy"
+            BROKEN[entry.name] = _("the package's '{value}' has the name of another strategy").format(
+                value=entry.value
+            )
             continue
         try:
             found[entry.name] = checked(entry.value, entry.load())
         except Exception as problem:  # whatever a package raises
-            BROKEN[entry.name] = f"'{entry.value}' cannot be used: {first_line(problem)}"
+            BROKEN[entry.name] = _("'{value}' cannot be used: {problem}").format(
+                value=entry.value, problem=first_line(problem)
+            )
     return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from iterbatch.errors import RunError
+from iterbatch.language import _
 from iterbatch.strategy.base import MAX_REPEATS
 
 VERSION = 1  # of a kept scheduler
@@ -132,7 +133,7 @@ class Probe:
         loss, ppl, scale, *gains = map(float, row)
         made = tuple(gain for gain in gains if not math.isnan(gain))
         if not made or len(gains) != MAX_REPEATS or not all(map(math.isfinite, (loss, ppl, scale, *made))):
-            raise ValueError("a probe is damaged")
+            raise ValueError(_("a probe is damaged"))
         return cls((loss, ppl), made, scale)
 
 
@@ -325,7 +326,7 @@ class GainLearner:
         weight = (1 - 1 / MEMORY) ** age
         gains = gains.nan_to_num()
         places = torch.arange(MAX_REPEATS)
-        for _ in range(STEPS):
+        for _step in range(STEPS):
             first, decay = self.network(features)
             predicted = first[:, None] * decay[:, None].clamp(min=1e-6) ** places
             # The prior: that batches do not differ, that the first gain is near 0 and the decay near a half.
@@ -369,7 +370,7 @@ class GainLearner:
         mixed = [pool[place] for place in range(max(map(len, pools))) for pool in pools if place < len(pool)]
         self.probes.extend(mixed)
         self.squares.extend(gain * gain for probe in mixed[-SCALE:] for gain in probe.gains)
-        for _ in range(25):  # from nothing to where steady learning would have come
+        for _step in range(25):  # from nothing to where steady learning would have come
             self._fit()
 
     def state_dict(self) -> dict[str, Any]:
@@ -411,14 +412,17 @@ def probes_of(kept: Mapping[str, Any]) -> list[Probe]:
     """
     if kept.get("version") != VERSION:
         raise RunError(
-            f"the scheduler is of version {kept.get('version')}; this one reads version {VERSION}: "
-            "train learnable again"
+            _(
+                "the scheduler is of version {then}; this one reads version {version}: train learnable again"
+            ).format(then=kept.get("version"), version=VERSION)
         )
     try:
         rows = [[math.nan if value is None else value for value in row] for row in kept["probes"]]
         found = [Probe.of(row) for row in rows]
     except (KeyError, TypeError, ValueError) as problem:
-        raise RunError(f"the scheduler is damaged ({problem}); train learnable again") from problem
+        raise RunError(
+            _("the scheduler is damaged ({problem}); train learnable again").format(problem=problem)
+        ) from problem
     if not found:
-        raise RunError("the scheduler has no probes: its run was too short to learn anything")
+        raise RunError(_("the scheduler has no probes: its run was too short to learn anything"))
     return found

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from iterbatch.config import Also
+from iterbatch.language import N_
 
 AUTO_QUANTILE = 0.67  # a third of the batches is repeated
 RECENT = 32  # losses that a quantile is taken of
@@ -21,7 +22,7 @@ def is_quantile(words: str) -> bool:
     return words == "auto" or (re.fullmatch(r"q0?\.\d+", words) is not None and 0 < float(words[1:]) < 1)
 
 
-QUANTILE = Also(is_quantile, "'auto', or 'q' and a quantile between 0 and 1, for example q0.67")
+QUANTILE = Also(is_quantile, N_("'auto', or 'q' and a quantile between 0 and 1, for example q0.67"))
 
 
 def quantile_of(threshold: float | str) -> float | None:

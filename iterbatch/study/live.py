@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.course import Course, Pace, Running
 from iterbatch.report import growing
@@ -52,6 +53,10 @@ class Live:
             growing.write(self.run_dir, self._course, reload=reload)
         except Exception as problem:  # whatever it is: a page is no reason to end training
             with contextlib.suppress(Exception):
-                self._notify(f"the report so far could not be written ({problem}); training goes on")
+                self._notify(
+                    _("the report so far could not be written ({problem}); training goes on").format(
+                        problem=problem
+                    )
+                )
         took = time.monotonic() - begun
         self._due = time.monotonic() + max(EVERY_S, REST * took)

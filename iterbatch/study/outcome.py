@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iterbatch.errors import RunError
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.report.answers import cautions, conclusion
 from iterbatch.report.comparison import CellScores, read_cells
@@ -73,12 +74,14 @@ class Outcome:
         """
         if len(self.cells) > 1:
             raise RunError(
-                f"{self.folder} has {len(self.cells)} cells, each with its own best arm; see .table"
+                _("{folder} has {count} cells, each with its own best arm; see .table").format(
+                    folder=self.folder, count=len(self.cells)
+                )
             )
         found = {arm.name: arm.values(lambda result: result.test_ppl) for arm in self.cells[0].arms}
         means = {name: statistics.fmean(values) for name, values in found.items() if values}
         if not means:
-            raise RunError(f"no arm of {self.folder} has a finite test perplexity")
+            raise RunError(_("no arm of {folder} has a finite test perplexity").format(folder=self.folder))
         return min(means, key=lambda name: means[name])
 
     def __repr__(self) -> str:

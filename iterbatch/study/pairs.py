@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from iterbatch.bench.arm import Arm
 from iterbatch.config import BenchConfig
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.read import failure_of
 from iterbatch.records.result import read_result
@@ -72,9 +73,11 @@ class Pair:
         if (reason := failure_of(self.folder)) is not None:
             return f"failed: {reason}"
         result = read_result(self.folder)
-        ppl = f"{result.val_ppl:,.3f}" if result.finite else "not finite"
-        stopped = f", stopped early: {result.stopped}" if result.stopped else ""
-        return f"validation perplexity {ppl}, {result.train_seconds:,.0f} s{stopped}"
+        ppl = f"{result.val_ppl:,.3f}" if result.finite else _("not finite")
+        stopped = _(", stopped early: {stopped}").format(stopped=result.stopped) if result.stopped else ""
+        return _("validation perplexity {ppl}, {train_seconds:,.0f} s{stopped}").format(
+            ppl=ppl, train_seconds=result.train_seconds, stopped=stopped
+        )
 
     def fail(self, reason: str) -> None:
         """Record that it has failed; it scores infinity."""

@@ -11,6 +11,7 @@ from iterbatch.bench.arm import arms_of
 from iterbatch.bench.listener import Listener
 from iterbatch.config import BenchConfig
 from iterbatch.errors import RunError
+from iterbatch.language import _
 from iterbatch.report.comparison import CellScores
 from iterbatch.runtime.processes import from_main, is_main
 from iterbatch.runtime.run_folder import find_folder, hold, locked
@@ -71,7 +72,7 @@ def compare(
         Stopped: where it was asked to stop; pairs in training go on from their last checkpoints.
     """
     if run_dir.is_symlink() or (run_dir.exists() and not run_dir.is_dir()):
-        raise RunError(f"{run_dir} is not a folder; give another --run_name")
+        raise RunError(_("{run_dir} is not a folder; give another --run_name").format(run_dir=run_dir))
     with locked(run_dir):
         begin(study, run_dir, overwrite=overwrite, keep_arms=keep_arms)
         keep_tuning(run_dir)

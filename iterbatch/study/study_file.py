@@ -13,6 +13,7 @@ from iterbatch.checks import settings as all_settings
 from iterbatch.config import NOT_SAVED, UNITS
 from iterbatch.errors import ConfigError, UserError, did_you_mean, first_line
 from iterbatch.flags import CompareFlags, named, parse, words_of
+from iterbatch.language import _
 from iterbatch.plain_yaml import editor, key_lines, parse_yaml, read_text
 from iterbatch.records.write import write_text
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, own_knobs, register, source_of
@@ -23,7 +24,7 @@ ARM_TRAINING = ("lr", "warmup", "weight_decay", "clip_norm", "budget_share")
 # Where a comparison differs from a run.
 DEFAULTS = {"match": "flops", "seeds": [0, 1, 2], "evals": 10, "prompts": 200, "log_with": "none"}
 SECTIONS = ("about", "environment", "settings", "arms", "cells", "tune", "worth")
-# Settings in which ${NAME} stands for the environment's value, and the names that may stand there undeclared.
+# Settings in which ${name} stands for the environment's value, and the names that may stand there undeclared.
 EXPANDED = ("data_dir", "model_name")
 OWN_NAMES = "ITERBATCH_"
 SECRET = re.compile(r"token|secret|passw|key|credential", re.IGNORECASE)  # in names that may not be declared
@@ -60,12 +61,18 @@ class _Source:
             text = read_text(path)
             self.content = parse_yaml(text, duplicates=True)
         except OSError as problem:
-            raise ConfigError(f"the study {path} cannot be read: {problem.strerror}") from problem
+            raise ConfigError(
+                _("the study {path} cannot be read: {problem}").format(path=path, problem=problem.strerror)
+            ) from problem
         except ValueError as problem:
-            raise ConfigError(f"the study {path} is not valid YAML: {first_line(problem)}") from problem
+            raise ConfigError(
+                _("the study {path} is not valid YAML: {problem}").format(
+                    path=path, problem=first_line(problem)
+                )
+            ) from problem
         for place, line in key_lines(text):
             if place in self.lines:
-                self.complain(place, f"'{place[-1]}' is there twice", line=line)
+                self.complain(place, _("'{place}' is there twice").format(place=place[-1]), line=line)
             self.lines[place] = line
 
     def complain(self, place: tuple[str, ...], message: str, line: int | None = None) -> None:
@@ -84,7 +91,12 @@ class _Source:
             return {}
         if not isinstance(value, dict):
             where = ".".join(place) or "the file"
-            self.complain(place, f"'{where}' holds a {type(value).__name__}; write one 'key: value' a line")
+            self.complain(
+                place,
+                _("'{where}' holds a {name}; write one 'key: value' a line").format(
+                    where=where, name=type(value).__name__
+                ),
+            )
             return {}
         return {str(key): item for key, item in value.items()}
 
@@ -94,7 +106,10 @@ class _Source:
             if key not in allowed:
                 near = did_you_mean(key, allowed)
                 self.complain(
-                    (*place, key), f"unknown {what} '{key}'; allowed are {', '.join(allowed)}{near}"
+                    (*place, key),
+                    _("unknown {what} '{key}'; allowed are {names}{near}").format(
+                        what=what, key=key, names=", ".join(allowed), near=near
+                    ),
                 )
 
     def declare(self) -> None:
@@ -102,10 +117,12 @@ class _Source:
         given = self.content.get("environment") if isinstance(self.content, dict) else None
         for name in [] if given is None else given if isinstance(given, list) else [given]:
             if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
-                message = f"environment holds {name!r}; write a list of variables' names"
+                message = _("environment holds {name!r}; write a list of variables' names").format(name=name)
                 self.complain(("environment",), message)
             elif SECRET.search(name):
-                message = f"environment names {name}, which looks like a secret; a study has no use for one"
+                message = _(
+                    "environment names {name}, which looks like a secret; a study has no use for one"
+                ).format(name=name)
                 self.complain(("environment",), message)
             else:
                 self.declared.append(name)
@@ -130,7 +147,7 @@ class _Source:
         return value
 
     def words(self, settings: Settings) -> list[str]:
-        """Settings as flags; ``${NAME}`` in a place of data or models stands for the environment's."""
+        """Settings as flags; ``${name}`` in a place of data or models stands for the environment's."""
         expanded = {
             key: self._expanded(key, value) if isinstance(value, str) else value
             for key, value in settings.items()
@@ -142,14 +159,24 @@ class _Source:
             name = match.group(1)
             if key not in EXPANDED:
                 places = " and ".join(EXPANDED)
-                raise ConfigError(f"{key} names ${{{name}}}; variables stand in {places} only")
+                raise ConfigError(
+                    _("{key} names ${{{name}}}; variables stand in {places} only").format(
+                        key=key, name=name, places=places
+                    )
+                )
             if not name.startswith(OWN_NAMES) and name not in self.declared:
                 raise ConfigError(
-                    f"{key} names ${{{name}}}; a study may use variables whose names begin with {OWN_NAMES}, "
-                    "and those it lists in its section 'environment'"
+                    _(
+                        "{key} names ${{{name}}}; a study may use variables whose names begin with "
+                        "{own_names}, and those it lists in its section 'environment'"
+                    ).format(key=key, name=name, own_names=OWN_NAMES)
                 )
             if name not in os.environ:
-                raise ConfigError(f"the environment has no {name}, which {key} of the study names; set it")
+                raise ConfigError(
+                    _("the environment has no {name}, which {key} of the study names; set it").format(
+                        name=name, key=key
+                    )
+                )
             return os.environ[name]
 
         return re.sub(r"\$\{(\w+)\}", value, word)
@@ -176,7 +203,10 @@ def load_study(path: Path, words: Sequence[str] = ()) -> Study:
     source.name_own_strategies()
     if not source.table("arms"):
         source.complain(
-            ("arms",), f"a study needs arms: write 'arms:' with one name a line, {REFERENCE} among them"
+            ("arms",),
+            _("a study needs arms: write 'arms:' with one name a line, {reference} among them").format(
+                reference=REFERENCE
+            ),
         )
     allowed = [name for name in all_settings() if name not in (*NOT_SAVED, "strategies", "save_dir")]
     source.check_keys(("settings",), allowed, "setting")
@@ -202,7 +232,11 @@ def study_of_flags(words: Sequence[str]) -> Study:
     config = _flags(words_of(DEFAULTS), named(words)).config()
     check_placement(config)
     if REFERENCE not in config.strategy.strategies:
-        raise ConfigError(f"--strategies lacks '{REFERENCE}', which all others are compared with; add it")
+        raise ConfigError(
+            _("--strategies lacks '{reference}', which all others are compared with; add it").format(
+                reference=REFERENCE
+            )
+        )
     arms = tuple(make_arm(name, {}, config) for name in config.strategy.strategies)
     name = config.run.run_name or f"compare-{re.sub(r'[^A-Za-z0-9._-]+', '-', config.data.dataset)}"
     return Study(name, (Cell("", config, arms),))
@@ -246,21 +280,30 @@ def _check_cell(source: _Source, cell: str, allowed: Sequence[str]) -> None:
     for arm in source.table("cells", cell, "arms"):
         place = ("cells", cell, "arms", arm)
         if arm not in arms:
-            message = f"unknown arm '{arm}'; this study's are {', '.join(arms)}{did_you_mean(arm, arms)}"
+            message = _("unknown arm '{arm}'; this study's are {names}{near}").format(
+                arm=arm, names=", ".join(arms), near=did_you_mean(arm, arms)
+            )
             source.complain(place, message)
         source.check_keys(place, ("strategy", *arm_settings()), "setting of an arm")
 
 
 def _check_name(source: _Source, place: tuple[str, ...], name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
-        message = f"'{name}' cannot be a folder's name; use letters, digits, and . _ + - after the first"
+        message = _(
+            "'{name}' cannot be a folder's name; use letters, digits, and . _ + - after the first"
+        ).format(name=name)
         source.complain(place, message)
 
 
 def _check_unit(source: _Source, place: tuple[str, ...], unit: Any) -> None:
     if unit is not None and unit not in UNITS:
         near = did_you_mean(str(unit), UNITS)
-        source.complain(place, f"unknown unit '{unit}' of match; choose from {', '.join(UNITS)}{near}")
+        source.complain(
+            place,
+            _("unknown unit '{unit}' of match; choose from {names}{near}").format(
+                unit=unit, names=", ".join(UNITS), near=near
+            ),
+        )
 
 
 def _checked_tune(source: _Source) -> Settings:
@@ -270,8 +313,8 @@ def _checked_tune(source: _Source) -> Settings:
     tune["arms"] = [str(name) for name in (given if isinstance(given, list) else [given])]
     for name in tune["arms"]:
         if name not in arms:
-            message = (
-                f"unknown arm '{name}' to tune; this study's are {', '.join(arms)}{did_you_mean(name, arms)}"
+            message = _("unknown arm '{name}' to tune; this study's are {names}{near}").format(
+                name=name, names=", ".join(arms), near=did_you_mean(name, arms)
             )
             source.complain(("tune", "arms"), message)
     for name, default in TUNING.items():
@@ -281,12 +324,18 @@ def _checked_tune(source: _Source) -> Settings:
         least = 0 if name == "seed" else 1e-300
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e300:
             source.complain(
-                ("tune", name), f"{name} is {value!r}; it must be a number above 0, like {default:g}"
+                ("tune", name),
+                _("{name} is {value!r}; it must be a number above 0, like {default:g}").format(
+                    name=name, value=value, default=default
+                ),
             )
             return tune
         tune[name] = type(default)(value)
     if tune["low"] >= tune["high"]:
-        source.complain(("tune",), f"low ({tune['low']:g}) must be below high ({tune['high']:g})")
+        source.complain(
+            ("tune",),
+            _("low ({low:g}) must be below high ({high:g})").format(low=tune["low"], high=tune["high"]),
+        )
     return tune
 
 
@@ -295,7 +344,9 @@ def _check_worth(source: _Source) -> None:
     given = source.content.get("worth") if isinstance(source.content, dict) else None
     for share in [] if given is None else given if isinstance(given, list) else [given]:
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 100 or share == 1:
-            message = f"worth holds {share!r}; write shares of the budget, for example [0.5, 0.71, 1.41]"
+            message = _(
+                "worth holds {share!r}; write shares of the budget, for example [0.5, 0.71, 1.41]"
+            ).format(share=share)
             source.complain(("worth",), message)
 
 
@@ -321,32 +372,43 @@ def _check_arms(source: _Source, cell: str) -> None:
         source.check_keys(("arms", name), ("strategy", *arm_settings()), "setting of an arm")
         strategy = str(own.get("strategy", name))
         if strategy not in STRATEGIES:
-            source.complain((*place, "strategy"), unknown_strategy(strategy, f" of arm '{name}'"))
+            source.complain(
+                (*place, "strategy"), unknown_strategy(strategy, _(" of arm '{name}'").format(name=name))
+            )
         elif name == REFERENCE and strategy != REFERENCE:
-            other = f"arm '{REFERENCE}' has the strategy '{strategy}'"
-            message = f"{other}; all others are compared with every batch once"
+            other = _("arm '{reference}' has the strategy '{strategy}'").format(
+                reference=REFERENCE, strategy=strategy
+            )
+            message = _("{other}; all others are compared with every batch once").format(other=other)
             source.complain((*place, "strategy"), message)
         elif foreign := [key for key in own if key in knobs() and key not in own_knobs(strategy)]:
             for key in foreign:
                 has = ", ".join(own_knobs(strategy)) or "none"
-                message = f"arm '{name}' sets {key}, which {strategy} has not; its own knobs: {has}"
+                message = _("arm '{name}' sets {key}, which {strategy} has not; its own knobs: {has}").format(
+                    name=name, key=key, strategy=strategy, has=has
+                )
                 source.complain((*place, key), message)
         elif needs_source(strategy):
             _check_source(source, place, source_of(strategy, own.get("source")), before)
         before.append(name)
     if before and REFERENCE not in before:
         source.complain(
-            ("arms",), f"no arm is called '{REFERENCE}', which all others are compared with; add it"
+            ("arms",),
+            _("no arm is called '{reference}', which all others are compared with; add it").format(
+                reference=REFERENCE
+            ),
         )
 
 
 def _check_source(source: _Source, place: tuple[str, ...], wanted: str, before: Sequence[str]) -> None:
     if wanted not in before:
-        choice = f" to one of {', '.join(before)}" if before else ""
+        choice = _(" to one of {names}").format(names=", ".join(before)) if before else ""
         source.complain(
             place,
-            f"arm '{place[-1]}' is made from arm '{wanted}', which is not above it; "
-            f"add it there, or set source{choice}",
+            _(
+                "arm '{place}' is made from arm '{wanted}', which is not above it; add it there, or set "
+                "source{choice}"
+            ).format(place=place[-1], wanted=wanted, choice=choice),
         )
 
 
@@ -367,7 +429,9 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
         config = with_probe_text(config, kinds)
     except SystemExit as ended:
         if ended.code:
-            raise ConfigError(f"{where}: a setting has a value of another kind (see above)") from ended
+            raise ConfigError(
+                _("{where}: a setting has a value of another kind (see above)").format(where=where)
+            ) from ended
         raise
     except UserError as problem:
         source.complain(place, str(problem))
@@ -382,7 +446,9 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
             arms.append(made)
         except SystemExit as ended:
             raise ConfigError(
-                f"{where}, arm {arm}: a setting has a value of another kind (see above)"
+                _("{where}, arm {arm}: a setting has a value of another kind (see above)").format(
+                    where=where, arm=arm
+                )
             ) from ended
         except UserError as problem:
             source.complain(("arms", arm), f"arm '{arm}': {problem}")

@@ -7,6 +7,7 @@ from typing import Any
 from iterbatch.bench.arm import make_arm
 from iterbatch.checks import config_of
 from iterbatch.errors import ConfigError, RunError
+from iterbatch.language import _
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records import layout
 from iterbatch.records.read import BAD_JSON, damaged_study, read_study
@@ -65,7 +66,11 @@ def begin(study: Study, run_dir: Path, *, overwrite: bool = False, keep_arms: bo
                 cell["arms"] = before["cells"].get(name, cell)["arms"] | cell["arms"]
         _check_same(run_dir, before, content)
     elif run_content(run_dir):
-        raise RunError(f"{run_dir} exists already and is not a comparison; give another --run_name")
+        raise RunError(
+            _("{run_dir} exists already and is not a comparison; give another --run_name").format(
+                run_dir=run_dir
+            )
+        )
     sweep(run_dir)
     (run_dir / layout.WORKERS).mkdir(exist_ok=True)
     write_json(file, content)
@@ -90,7 +95,9 @@ def keep_tuning(run_dir: Path) -> None:
 
 
 def _check_same(run_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [f"cell '{name}' is gone" for name in then["cells"] if name not in now["cells"]]
+    changed = [
+        _("cell '{name}' is gone").format(name=name) for name in then["cells"] if name not in now["cells"]
+    ]
     for name, cell in now["cells"].items():
         before = then["cells"].get(name)
         if before is None:
@@ -98,12 +105,23 @@ def _check_same(run_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> Non
         where = f"cell '{name}', " if name else ""
         old, new = before["config"], cell["config"]
         settings = {key for key, value in new.items() if key not in RESUMABLE and old.get(key) != value}
-        changed += [f"{where}{key} was {old.get(key)}, now {new[key]}" for key in sorted(settings)]
         changed += [
-            f"{where}arm '{arm}' was {own}, now {cell['arms'].get(arm, 'gone')}"
+            _("{where}{key} was {then}, now {new}").format(
+                where=where, key=key, then=old.get(key), new=new[key]
+            )
+            for key in sorted(settings)
+        ]
+        changed += [
+            _("{where}arm '{arm}' was {own}, now {then}").format(
+                where=where, arm=arm, own=own, then=cell["arms"].get(arm, "gone")
+            )
             for arm, own in before["arms"].items()
             if cell["arms"].get(arm) != own
         ]
     if changed:
-        advice = "Give another --run_name, or --overwrite"
-        raise RunError(f"{run_dir} was made with another study: {'; '.join(changed)}. {advice}")
+        advice = _("Give another --run_name, or --overwrite")
+        raise RunError(
+            _("{run_dir} was made with another study: {names}. {advice}").format(
+                run_dir=run_dir, names="; ".join(changed), advice=advice
+            )
+        )

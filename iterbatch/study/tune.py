@@ -18,6 +18,7 @@ import numpy as np
 from iterbatch.bench.arm import Arm, make_arm
 from iterbatch.config import BenchConfig
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.result import read_result
 from iterbatch.records.tuning import Curve, Curves, write_curves
@@ -80,14 +81,18 @@ def tune(path: Path, save_dir: Path, workers: int, notify: Notify = lambda _: No
         tuning.add(stage, chosen)
         compare(tuning.trials, tuning.folder, workers, notify, keep_arms=True)
         while further := tuning.go_beyond(stage):
-            notify(f"Best at an edge, one more rate each: {', '.join(further)}")
+            notify(_("Best at an edge, one more rate each: {names}").format(names=", ".join(further)))
             compare(tuning.trials, tuning.folder, workers, notify, keep_arms=True)
         for cell in study.cells:
             chosen[cell.name] |= {arm: tuning.best(cell.name, arm) for arm in stage}
     write_rates(path, chosen)
     write_text(run_dir / "tuning.md", tuning.page(chosen))
     write_curves(run_dir, tuning.curves())
-    notify(f"Learning rates written to {path}; the trials are in {run_dir / 'tuning.md'}")
+    notify(
+        _("Learning rates written to {path}; the trials are in {run_dir}").format(
+            path=path, run_dir=run_dir / "tuning.md"
+        )
+    )
     curves = tuning.curves()
     left = [
         f"{cell}/{arm}".lstrip("/")
@@ -96,7 +101,11 @@ def tune(path: Path, save_dir: Path, workers: int, notify: Notify = lambda _: No
         if curves[cell][arm].at_edge(rate)
     ]
     if left:
-        notify(f"Still at an edge, {MOST_BEYOND} steps out: {', '.join(left)}. Widen tune: low, high")
+        notify(
+            _("Still at an edge, {most_beyond} steps out: {names}. Widen tune: low, high").format(
+                most_beyond=MOST_BEYOND, names=", ".join(left)
+            )
+        )
     return chosen
 
 
@@ -111,8 +120,12 @@ def stages(study: Study) -> list[list[str]]:
     arms, placed = {arm.name: arm for arm in study.cells[0].arms if arm.name in wanted}, set[str]()
     for arm in arms.values():
         if arm.source is not None and arm.source not in arms:
-            where = f"'{arm.source}', which is not among the arms to tune"
-            raise ConfigError(f"arm '{arm.name}' is made from {where}; add it to tune: arms")
+            where = _("'{source}', which is not among the arms to tune").format(source=arm.source)
+            raise ConfigError(
+                _("arm '{name}' is made from {where}; add it to tune: arms").format(
+                    name=arm.name, where=where
+                )
+            )
     found = []
     while len(placed) < len(arms):
         ready = [
@@ -208,31 +221,46 @@ class Tuning:
         """
         best = self.curves()[cell][arm].best
         if best is None:
-            where = f" in cell {cell}" if cell else ""
-            raise ConfigError(f"every trial of arm '{arm}'{where} failed; lower tune: low and high")
+            where = _(" in cell {cell}").format(cell=cell) if cell else ""
+            raise ConfigError(
+                _("every trial of arm '{arm}'{where} failed; lower tune: low and high").format(
+                    arm=arm, where=where
+                )
+            )
         return best
 
     def page(self, chosen: Mapping[str, Mapping[str, float]]) -> str:
         """All trials, what was chosen, and the expected best of n."""
         tune = self.study.tune
-        range_ = f"from {tune['low']:g} to {tune['high']:g}"
-        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''} from {tune['seed']}"
+        range_ = _("from {low:g} to {high:g}").format(low=tune["low"], high=tune["high"])
+        seeds = _("{count} seed{plural} from {seed}").format(
+            count=len(self.seeds), plural="s" if len(self.seeds) > 1 else "", seed=tune["seed"]
+        )
         lines = [
-            f"# Learning rates of {markdown(self.study.name)}",
+            _("# Learning rates of {name}").format(name=markdown(self.study.name)),
             "",
-            f"{tune['trials']} trials for each arm, at the same values {range_}, {seeds}, and further ones "
-            "beyond an edge where the best stood there. Final loss on validation, nats a token: mean, and "
-            "standard deviation over seeds where there are several. Best of n: what the best of n of these "
-            "trials, drawn at random, is expected to reach. Luck: by how much the choice may miss the best, "
-            "by these seeds' own scatter.",
+            _(
+                "{trials} trials for each arm, at the same values {range}, {seeds}, and further ones "
+                "beyond an edge where the best stood there. Final loss on validation, nats a token: "
+                "mean, and standard deviation over seeds where there are several. Best of n: what the "
+                "best of n of these trials, drawn at random, is expected to reach. Luck: by how much the "
+                "choice may miss the best, by these seeds' own scatter."
+            ).format(trials=tune["trials"], range=range_, seeds=seeds),
             "",
         ]
         for cell, arms in self.curves().items():
             lines += [f"## {markdown(cell)}", ""] if cell else []
             rates = sorted({rate for curve in arms.values() for rate in curve.rates})
             best_of = range(1, len(self.first) + 1)
-            columns = [*(f"{rate:g}" for rate in rates), "luck", *(f"best of {n}" for n in best_of)]
-            lines += [f"| arm | chosen | {' | '.join(columns)} |", "|" + " --- |" * (2 + len(columns))]
+            columns = [
+                *(f"{rate:g}" for rate in rates),
+                "luck",
+                *(_("best of {n}").format(n=n) for n in best_of),
+            ]
+            lines += [
+                _("| arm | chosen | {names} |").format(names=" | ".join(columns)),
+                "|" + " --- |" * (2 + len(columns)),
+            ]
             for arm, curve in arms.items():
                 rate = chosen[cell][arm]
                 edge = " (edge)" if curve.at_edge(rate) else ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from iterbatch.config import UNITS
+from iterbatch.language import _
 
 # ------------------------------------------------------------------------------------------------------------
 # What has been spent
@@ -125,9 +126,17 @@ class Allowance:
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
-            raise ValueError(f"unknown budget unit '{self.unit}'; choose from {', '.join(UNITS)}")
+            raise ValueError(
+                _("unknown budget unit '{unit}'; choose from {names}").format(
+                    unit=self.unit, names=", ".join(UNITS)
+                )
+            )
         if not self.amount > 0:
-            raise ValueError(f"a budget of {self.amount} {self.unit} pays for nothing; it must be above 0")
+            raise ValueError(
+                _("a budget of {amount} {unit} pays for nothing; it must be above 0").format(
+                    amount=self.amount, unit=self.unit
+                )
+            )
 
     def spent(self, ledger: Ledger) -> float:
         """How much of the unit the ledger shows."""

@@ -4,6 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
+from iterbatch.language import _
 from iterbatch.records.record import BatchRecord
 
 PATIENCE = 10  # batches in a row that may be bad
@@ -36,9 +37,11 @@ class Health:
         far = finite and loss > statistics.fmean(self.first) + explosion
         self.exploding = self.exploding + 1 if far else 0
         if self.not_finite >= PATIENCE:
-            what = "a loss or gradient that was not finite; lower --lr or use --dtype float32"
-            return f"{PATIENCE} batches in a row had {what}"
+            what = _("a loss or gradient that was not finite; lower --lr or use --dtype float32")
+            return _("{patience} batches in a row had {what}").format(patience=PATIENCE, what=what)
         if self.exploding >= PATIENCE:
-            what = f"a loss more than {explosion:g} nats above the first ones'; lower --lr"
-            return f"{PATIENCE} batches in a row had {what}"
+            what = _("a loss more than {explosion:g} nats above the first ones'; lower --lr").format(
+                explosion=explosion
+            )
+            return _("{patience} batches in a row had {what}").format(patience=PATIENCE, what=what)
         return None

@@ -10,6 +10,7 @@ from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan, Prepared, prepare
 from iterbatch.bench.shared import set_up
 from iterbatch.bench.train_arm import train_arm
+from iterbatch.language import _
 from iterbatch.records.course import Running
 from iterbatch.records.record import BatchRecord, EvalRecord
 from iterbatch.records.result import ArmResult
@@ -60,7 +61,9 @@ class InProcess:
     def _left(self, pairs: Sequence[Pair]) -> Iterator[Pair]:
         for pair in pairs:
             if from_main(pair.ended):
-                self.listener.note(f"{pair.arm.name}, seed {pair.seed}: finished before, kept")
+                self.listener.note(
+                    _("{name}, seed {seed}: finished before, kept").format(name=pair.arm.name, seed=pair.seed)
+                )
                 if is_main():
                     remove_checkpoints(pair.folder)  # where the run was killed between the two
             else:

@@ -18,6 +18,7 @@ import psutil
 from filelock import Timeout
 
 from iterbatch.errors import RunError
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.write import write_json
 from iterbatch.runtime.interrupt import Interrupts, Stopped
@@ -67,7 +68,7 @@ def end_orphans(pairs: Sequence[Pair], notify: Notify) -> None:
     for claim in map(worker.read_claim, sorted(folder.glob("*.json"))):
         process = None if claim is None else claim.process
         if process is not None:
-            notify(f"a worker of an earlier start, process {process.pid}, is ended first")
+            notify(_("a worker of an earlier start, process {pid}, is ended first").format(pid=process.pid))
             end([process])
 
 
@@ -116,8 +117,12 @@ class Watch:
     def run(self) -> None:
         """Until every pair has ended or the study is asked to stop."""
         left = [pair for pair in self.pairs if not pair.ended]
-        before = f"{len(self.pairs) - len(left)} finished before"
-        self.notify(f"{len(self.pairs)} pairs of arm and seed, {before}, {self.workers} at a time")
+        before = _("{count} finished before").format(count=len(self.pairs) - len(left))
+        self.notify(
+            _("{count} pairs of arm and seed, {before}, {workers} at a time").format(
+                count=len(self.pairs), before=before, workers=self.workers
+            )
+        )
         for number in range(min(self.workers, len(left))):
             self.start(number)
         try:
@@ -153,8 +158,12 @@ class Watch:
             self.start(0)
         elif left[0].name not in self._waited:
             claim = worker.read_claim(worker.claim_file(left[0]))
-            who = "another process" if claim is None else f"process {claim.pid} on {claim.host!r}"
-            self.notify(f"waiting for {left[0].name}, which {who} is training")
+            who = (
+                _("another process")
+                if claim is None
+                else _("process {pid} on {host!r}").format(pid=claim.pid, host=claim.host)
+            )
+            self.notify(_("waiting for {name}, which {who} is training").format(name=left[0].name, who=who))
             self._waited.add(left[0].name)
         return True
 
@@ -187,19 +196,26 @@ class Watch:
         for pair in claimed:
             worker.claim_file(pair).unlink(missing_ok=True)
             if not asked:
-                _fail(pair, f"its process ended with exit code {process.returncode}")
+                _fail(
+                    pair,
+                    _("its process ended with exit code {returncode}").format(returncode=process.returncode),
+                )
         self._notify_of_ended()
         if asked:
             self._replaced += 1
-            self.notify(f"worker {number} was stopped from outside; another takes its place")
+            self.notify(
+                _("worker {number} was stopped from outside; another takes its place").format(number=number)
+            )
         if not (claimed or asked) or self._replaced > REPLACED:
             self._terminate()
             log = self._log(number).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            last = "\n".join(log[-12:]) or f"exit code {process.returncode}"
+            last = "\n".join(log[-12:]) or _("exit code {returncode}").format(returncode=process.returncode)
             raise RunError(
-                f"workers are stopped from outside, {self._replaced} in a row; the last one said:\n{last}"
+                _("workers are stopped from outside, {replaced} in a row; the last one said:\n{last}").format(
+                    replaced=self._replaced, last=last
+                )
                 if asked
-                else f"a worker could not begin:\n{last}"
+                else _("a worker could not begin:\n{last}").format(last=last)
             )
         if any(not pair.ended for pair in self.pairs):
             self.start(number)
@@ -224,7 +240,9 @@ class Watch:
         numbers = {process.pid: number for number, process in self.running.items()}
         for process in end([psutil.Process(pid) for pid in numbers if psutil.pid_exists(pid)]):
             self.notify(
-                f"worker {numbers[process.pid]} did not stop within {worker.GRACE:.0f} s and was ended"
+                _("worker {numbers} did not stop within {grace:.0f} s and was ended").format(
+                    numbers=numbers[process.pid], grace=worker.GRACE
+                )
             )
         for process in self.running.values():
             process.wait()
@@ -241,8 +259,10 @@ def _fail(pair: Pair, reason: str) -> None:
         pair.fail(reason)
     except OSError as problem:
         raise RunError(
-            f"{pair.name} failed ({reason}), and its folder cannot be written: {problem.strerror}, "
-            f"{problem.filename}. What has ended is kept; the same command goes on"
+            _(
+                "{name} failed ({reason}), and its folder cannot be written: {problem}, {filename}. What "
+                "has ended is kept; the same command goes on"
+            ).format(name=pair.name, reason=reason, problem=problem.strerror, filename=problem.filename)
         ) from problem
 
 

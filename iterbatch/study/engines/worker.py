@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import prepare
 from iterbatch.errors import UserError
+from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
 from iterbatch.records import layout
 from iterbatch.records.course import Running
@@ -185,7 +186,7 @@ def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
                     waiting = True
                     continue
                 if source is not None and source.broken:
-                    pair.fail(f"it is made from {source.name}, which failed")
+                    pair.fail(_("it is made from {name}, which failed").format(name=source.name))
                     continue
                 write_json(claim_file(pair), asdict(Claim.of(os.getpid())))
                 held.callback(claim_file(pair).unlink, missing_ok=True)
