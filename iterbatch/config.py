@@ -93,7 +93,7 @@ class Knob(Doc):
     """The meaning of a knob, and what it may be; its documentation is the help of its flag.
 
     Args:
-        meaning: With its unit.
+        meaning: With its unit; or a function that tells it in the language in use.
         at_least: Least value; of a list, of each entry. So are the others.
         above: Value that it must exceed.
         at_most: Largest value.
@@ -104,7 +104,7 @@ class Knob(Doc):
 
     def __init__(
         self,
-        meaning: str,
+        meaning: str | Callable[[], str],
         *,
         at_least: float | None = None,
         above: float | None = None,
@@ -121,7 +121,12 @@ class Knob(Doc):
         """Meaning and range."""
         also = _(self.also.meaning) if self.also else ""
         words = _(", or ").join(each for each in (str(self.range), also) if each)
-        return f"{_(self.meaning)} ({words})" if words else _(self.meaning)
+        return f"{self.told} ({words})" if words else self.told
+
+    @property
+    def told(self) -> str:
+        """The meaning alone, in the language in use."""
+        return self.meaning() if callable(self.meaning) else _(self.meaning)
 
     def problems(self, name: str, value: Any) -> list[str]:
         """What is wrong with a value: a line for each thing, with what was given and what is allowed."""
@@ -522,7 +527,9 @@ class RunConfig:
     log_with: Annotated[
         tuple[str, ...],
         Knob(
-            f"Trackers through Accelerate: {', '.join(TRACKERS)}. auto: tensorboard where it is installed.",
+            lambda: _(
+                "Trackers through Accelerate: {names}. auto: tensorboard where it is installed."
+            ).format(names=", ".join(TRACKERS)),
             choices=TRACKERS,
         ),
     ] = (AUTO,)

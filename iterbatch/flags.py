@@ -35,10 +35,11 @@ Flags = TypeVar("Flags", bound="TrainFlags")
 def _strategy_flags() -> type:
     """The strategy group: which strategies, the knobs they say they have, what controls are made from."""
     defaults, controls = StrategyConfig(), [name for name in STRATEGIES if needs_source(name)]
-    strategies = Knob(f"Strategies to compare: {', '.join(STRATEGIES)}.")
+    strategies = Knob(lambda: _("Strategies to compare: {names}.").format(names=", ".join(STRATEGIES)))
     source = Knob(
-        f"Arm that {', '.join(controls)} are made from; it must come before them. "
-        "Default: abr; frozen: learnable"
+        lambda: _(
+            "Arm that {names} are made from; it must come before them. Default: abr; frozen: learnable"
+        ).format(names=", ".join(controls))
     )
     set_ = Knob(
         "Knobs of strategies of your own, which are named as FILE.py:CLASS: NAME=VALUE, one or several."

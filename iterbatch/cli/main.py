@@ -1,5 +1,6 @@
 """``iterbatch COMMAND …``: which commands there are, and how what goes wrong is said."""
 
+import dataclasses
 import inspect
 import io
 import os
@@ -26,7 +27,9 @@ from iterbatch.cli import (
     tune,
 )
 from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words, exit_code
+from iterbatch.config import BenchConfig, StrategyConfig
 from iterbatch.errors import ConfigError, UserError, did_you_mean
+from iterbatch.flags import StrategyFlags
 from iterbatch.language import LANGUAGES, N_, _, of_the_system, use
 from iterbatch.report.wording import plain
 
@@ -79,6 +82,18 @@ EXAMPLES = {  # of the help of a command
 DESCRIPTION = N_(
     "How many times should each batch be trained, and did it pay? iterbatch train without flags runs offline."
 )
+
+
+# What is said of commands and of groups of flags, as it stands in their docstrings.
+DOCS = {
+    kind: inspect.getdoc(kind) or ""
+    for kind in (
+        *(command for command, _purpose in COMMANDS.values()),
+        *(each.default_factory for each in dataclasses.fields(BenchConfig)),
+        StrategyFlags,
+    )
+    if isinstance(kind, type) and kind is not StrategyConfig
+}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -148,6 +163,8 @@ def _run(given: list[str], console: Console) -> int:
         Annotated[kind, tyro.conf.subcommand(name, description=_described(name, given), prefix_name=False)]
         for name, (kind, _) in COMMANDS.items()
     ]
+    for kind, told in DOCS.items():
+        kind.__doc__ = _(told)
     union: Any = Union[tuple(kinds)]  # noqa: UP007
     command = tyro.cli(
         union, args=given or ["--help"], prog="iterbatch", description=_(DESCRIPTION), use_underscores=True
@@ -161,7 +178,7 @@ def _described(name: str, given: list[str]) -> str:
     if given[:1] != [name]:
         return _(purpose)
     examples = "\n".join(f"  {each}" for each in EXAMPLES[name])
-    return "\n\n".join([_(inspect.getdoc(kind) or purpose), f"{_('Examples:')}\n{examples}"])
+    return "\n\n".join([_(DOCS[kind]), f"{_('Examples:')}\n{examples}"])
 
 
 def _complain(errors: Console, problem: str) -> None:

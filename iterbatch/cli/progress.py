@@ -82,7 +82,7 @@ class RichListener(Listener):
             _(
                 "{parameters:,.1f} M parameters, {trainable_parameters:,.2f} M of them trained; "
                 "{blocks:,} blocks of {max_length} tokens, loss on {loss_on}; {batches:,} batches an "
-                "arm, {arms} arm(s){lasting}; {at_work}; to {run_dir}"
+                "arm, {arms} arm(s), {lasting}; {at_work}; to {run_dir}"
             ).format(
                 parameters=plan.parameters / 1e6,
                 trainable_parameters=plan.trainable_parameters / 1e6,
@@ -231,17 +231,17 @@ def at_work() -> str:
     from iterbatch.runtime.processes import count
 
     processes, threads = count(), torch.get_num_threads()
-    several = "es" if processes > 1 else ""
-    return _("{processes} process{several} of {threads} thread{plural}").format(
-        processes=processes, several=several, threads=threads, plural="s" if threads > 1 else ""
-    )
+    return _("processes: {processes}, threads each: {threads}").format(processes=processes, threads=threads)
 
 
 def _loss_on(plan: Plan) -> str:
     """All, assistant or completion; of each how many documents where there are several."""
     if len(plan.loss_on) == 1:
         return next(iter(plan.loss_on))
-    return ", ".join(f"{part} ({count:,} documents)" for part, count in plan.loss_on.items())
+    return ", ".join(
+        _("{part} ({count:,} documents)").format(part=part, count=count)
+        for part, count in plan.loss_on.items()
+    )
 
 
 def _scored(plan: Plan, split: str) -> str:
@@ -256,10 +256,10 @@ def _scored(plan: Plan, split: str) -> str:
 def _lasting(plan: Plan, config: BenchConfig, shares: float) -> str:
     """How long training will take; empty where that is not known."""
     if not math.isfinite(plan.seconds):
-        return ""
+        return _("time not known")
     least = _("at least ") if config.training.match == "epochs" else ""
     whole = plan.seconds * shares * config.training.budget_share
-    return _(", {least}about {about} of training").format(least=least, about=about(whole))
+    return _("{least}about {time} of training").format(least=least, time=about(whole))
 
 
 def plan_table(plan: Plan, config: BenchConfig, shares: float = 0.0, arms: int = 0) -> Table:
@@ -272,7 +272,7 @@ def plan_table(plan: Plan, config: BenchConfig, shares: float = 0.0, arms: int =
         arms: How many there are; default: one for each strategy.
     """
     strategies, seeds = len(config.strategy.strategies), len(config.training.seeds)
-    lasting = _lasting(plan, config, (shares or strategies) * seeds).removeprefix(", ")
+    lasting = _lasting(plan, config, (shares or strategies) * seeds)
     table = Table(title=_("Plan (one baseline arm; repeats come on top)"), show_header=False)
     rows = {
         _("parameters"): _("{parameters:,} ({trained:,} trained)").format(
@@ -294,8 +294,8 @@ def plan_table(plan: Plan, config: BenchConfig, shares: float = 0.0, arms: int =
         _("time, estimated"): _("{about} an arm; {lasting}").format(
             about=about(plan.seconds), lasting=lasting
         )
-        if lasting
-        else _("not known"),
+        if math.isfinite(plan.seconds)
+        else lasting,
     }
     for name, value in rows.items():
         table.add_row(name, value)

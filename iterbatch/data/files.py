@@ -81,11 +81,12 @@ class TextFile:
                     stream = io.BufferedReader(unpacked)
                 yield stream
         except OSError as problem:
-            what = "read" if problem.strerror or not self.packed else "unpacked"
+            read = problem.strerror or not self.packed
+            said = (
+                _("{path} cannot be read: {problem}") if read else _("{path} cannot be unpacked: {problem}")
+            )
             raise DataError(
-                _("{path} cannot be {what}: {problem}").format(
-                    path=self.path, what=what, problem=problem.strerror or first_line(problem)
-                )
+                said.format(path=self.path, problem=problem.strerror or first_line(problem))
             ) from problem
 
 

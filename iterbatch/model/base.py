@@ -151,9 +151,9 @@ def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBa
         ) from problem
     if not len(tokenizer) or tokenizer.eos_token_id is None:
         raise ModelError(
-            _("the tokenizer of '{path}' has no {plural}. {hint}").format(
+            _("the tokenizer of '{path}' has no {what}. {hint}").format(
                 path=path,
-                plural="tokens" if not len(tokenizer) else "end-of-text token",
+                what=_("tokens") if not len(tokenizer) else _("end-of-text token"),
                 hint=_(LOCAL_HINT),
             )
         )

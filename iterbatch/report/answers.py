@@ -56,7 +56,8 @@ def _best(best: Comparison, found: Sequence[Comparison]) -> str:
         return f"{_ended(best)} ({_sure(best)}).{also}"
     if len(worse) == len(found) > 1:
         return _(
-            "every other arm ended with a higher test perplexity than the baseline; the nearest, {ended} ({sure})."
+            "every other arm ended with a higher test perplexity than the baseline; the nearest, {ended} "
+            "({sure})."
         ).format(ended=_ended(best), sure=_sure(best))
     if len(worse) == len(found):
         return f"{_ended(best)} ({_sure(best)})."

@@ -149,19 +149,27 @@ def _told(kind: type) -> dict[str, str]:
 
 def _shared(name: str, strategies: list[str]) -> SharedKnob:
     defaults: dict[Any, list[str]] = {}
-    meanings: dict[str, list[str]] = {}
+    meanings: dict[Any, list[str]] = {}
     owned = {strategy: own_knobs(strategy)[name] for strategy in strategies}
     for strategy, each in owned.items():
         defaults.setdefault(each.default, []).append(strategy)
         meanings.setdefault(each.knob.meaning, []).append(strategy)
-    words = "; ".join(f"{_names(users)}: {meaning}" for meaning, users in meanings.items())
     agreed = next(iter(defaults)) if len(defaults) == 1 else None
-    if agreed is None:
+
+    def told() -> str:
+        words = _("; ").join(
+            _("{strategies}: {meaning}").format(strategies=_names(users), meaning=_(meaning))
+            for meaning, users in meanings.items()
+        )
+        if agreed is not None:
+            return words
         rare = [f"{', '.join(users)} {value}" for value, users in list(defaults.items())[1:]]
-        words += f". Default: {next(iter(defaults))}; {'; '.join(rare)}"
+        default = _(". Default: {default}; {rare}").format(default=next(iter(defaults)), rare="; ".join(rare))
+        return words + default
+
     of_first = owned[strategies[0]]
     range_ = dataclasses.asdict(of_first.knob.range)
-    knob = Knob(words, **range_, choices=of_first.knob.choices, also=of_first.knob.also)
+    knob = Knob(told, **range_, choices=of_first.knob.choices, also=of_first.knob.also)
     return SharedKnob(name, of_first.kind, agreed, knob)
 
 

@@ -233,9 +233,7 @@ class Tuning:
         """All trials, what was chosen, and the expected best of n."""
         tune = self.study.tune
         range_ = _("from {low:g} to {high:g}").format(low=tune["low"], high=tune["high"])
-        seeds = _("{count} seed{plural} from {seed}").format(
-            count=len(self.seeds), plural="s" if len(self.seeds) > 1 else "", seed=tune["seed"]
-        )
+        seeds = _("tuning seeds: {count}, from {seed} on").format(count=len(self.seeds), seed=tune["seed"])
         lines = [
             _("# Learning rates of {name}").format(name=markdown(self.study.name)),
             "",
