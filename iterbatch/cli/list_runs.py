@@ -71,7 +71,7 @@ def _row(folder: Path) -> tuple[str, str, str, str, str]:
 
 def _best(cells: list[CellScores]) -> tuple[str, str]:
     if len(cells) > 1:
-        return f"{len(cells)} cells", ""
+        return _("{count} cells").format(count=len(cells)), ""
     found = {arm.name: arm.mean(lambda result: result.test_ppl) for cell in cells for arm in cell.arms}
     known = {name: ppl for name, ppl in found.items() if ppl == ppl}  # not NaN
     best = min(known, key=lambda name: known[name], default="")

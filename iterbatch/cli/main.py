@@ -178,7 +178,8 @@ def _described(name: str, given: list[str]) -> str:
     if given[:1] != [name]:
         return _(purpose)
     examples = "\n".join(f"  {each}" for each in EXAMPLES[name])
-    return "\n\n".join([_(DOCS[kind]), f"{_('Examples:')}\n{examples}"])
+    heading = _("Examples:")
+    return "\n\n".join([_(DOCS[kind]), f"{heading}\n{examples}"])
 
 
 def _complain(errors: Console, problem: str) -> None:

@@ -73,7 +73,7 @@ class RichListener(Listener):
 
     def note(self, message: str) -> None:
         """Print it above the bars."""
-        self._print(f"note: {message}", "yellow")
+        self._print(_("note: {message}").format(message=message), "yellow")
 
     def planned(self, plan: Plan, run_dir: Path) -> None:
         """Print what is about to happen."""
@@ -129,7 +129,11 @@ class RichListener(Listener):
         if not self.console.is_terminal and now - self._said >= EVERY_S:
             self._said = now
             left = (now - self._begun) * (1 / fraction - 1) if 0 < fraction <= 1 else 0.0
-            self._print(f"{self._name}: {min(fraction, 1.0):.0%}, {shown}, {left:,.0f} s left")
+            self._print(
+                _("{name}: {fraction:.0%}, {shown}, {left:,.0f} s left").format(
+                    name=self._name, fraction=min(fraction, 1.0), shown=shown, left=left
+                )
+            )
 
     def doing(self, what: str) -> None:
         """Say so in the bar."""
@@ -195,7 +199,7 @@ class StudyProgress:
 
     def show(self, course: Course) -> None:
         """Move the bars."""
-        left = "" if course.left_s is None else f"{about(course.left_s)} left"
+        left = "" if course.left_s is None else _("{time} left").format(time=about(course.left_s))
         spent = course.ended + sum(each.fraction for each in course.running)
         self._bar(_("all runs"), f"{course.ended}/{course.pairs}  {left}", spent / course.pairs)
         for each in course.running:

@@ -47,7 +47,7 @@ def _plan(config: BenchConfig, console: Console) -> int:
     planned = with_seconds(planned, prepared.base, config)
     console.print(Text(dump_yaml(config.flat())))
     for note in prepared.notes:
-        console.print(Text(f"note: {plain(note)}"))
+        console.print(Text(_("note: {message}").format(message=plain(note))))
     console.print(plan_table(planned, config))
     return 0
 

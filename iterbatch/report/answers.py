@@ -39,12 +39,11 @@ def _conclusion(cell: CellScores) -> str:
     if not found:
         return _nothing(cell)
     best = min(found, key=lambda each: each.estimate)
-    opening = f"For {_budget(cell)}, "
     if best.interval is None:
-        return _("{opening}{ended}; with one seed this may be chance.").format(
-            opening=opening, ended=_ended(best)
-        )
-    return f"{opening}{_best(best, found)}{_best_repeating(cell, best, found)}"
+        said = _("{ended}; with one seed this may be chance.").format(ended=_ended(best))
+    else:
+        said = f"{_best(best, found)}{_best_repeating(cell, best, found)}"
+    return _("For {budget}, {said}").format(budget=_budget(cell), said=said)
 
 
 def _best(best: Comparison, found: Sequence[Comparison]) -> str:
@@ -53,14 +52,14 @@ def _best(best: Comparison, found: Sequence[Comparison]) -> str:
     if best.verdict == "better":
         others = [arm for arm in better if arm != best.arm]
         also = _(" {listed} ended lower, too.").format(listed=_listed(others)) if others else ""
-        return f"{_ended(best)} ({_sure(best)}).{also}"
+        return _("{ended} ({sure}).{more}").format(ended=_ended(best), sure=_sure(best), more=also)
     if len(worse) == len(found) > 1:
         return _(
             "every other arm ended with a higher test perplexity than the baseline; the nearest, {ended} "
             "({sure})."
         ).format(ended=_ended(best), sure=_sure(best))
     if len(worse) == len(found):
-        return f"{_ended(best)} ({_sure(best)})."
+        return _("{ended} ({sure}).{more}").format(ended=_ended(best), sure=_sure(best), more="")
     return _("no arm beat the baseline beyond chance: the nearest, {ended} ({sure}).").format(
         ended=_ended(best), sure=_sure(best)
     )
@@ -172,7 +171,7 @@ def unfinished(pairs: Sequence[tuple[str, int]]) -> str:
 # Questions
 
 WORDS = {
-    "better": "Yes",
+    "better": N_("Yes"),
     "worse": N_("No, the other way round"),
     "no difference found": N_("No difference found"),
     "no interval": N_("Not decided: fewer than two seeds"),
@@ -258,7 +257,11 @@ def _luck(cell: CellScores) -> list[str]:
 
 
 def _failed(cell: CellScores) -> list[str]:
-    failed = [f"{arm.name}, seed {each.seed}: {each.failed}" for arm in cell.arms for each in arm.failures]
+    failed = [
+        _("{arm}, seed {seed}: {failed}").format(arm=arm.name, seed=each.seed, failed=each.failed)
+        for arm in cell.arms
+        for each in arm.failures
+    ]
     return [_("Failed, and scored as infinity: {names}.").format(names="; ".join(failed))] if failed else []
 
 

@@ -400,7 +400,13 @@ def _learned(axes: Axes, cell: CellScores) -> bool:
     for place in range(len(course[0]["middling"])):
         colour = PALETTE[place]
         gains = [point["middling"][place] for point in course]
-        axes.plot(batches, gains, color=colour, linewidth=1.6, label=f"pass {place + 1}")
+        axes.plot(
+            batches,
+            gains,
+            color=colour,
+            linewidth=1.6,
+            label=in_figure("pass {number}").format(number=place + 1),
+        )
         low, high = ([point[name][place] for point in course] for name in ("low", "high"))
         axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0)
     expected = [gain for point in course for gain in point["middling"]]

@@ -113,7 +113,7 @@ def _model(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     weights = _digest(origin.get("weights"), _("its weights"))
     return _joined(
         f"{name}{kind}",
-        _count(plan.get("parameters"), "parameters"),
+        _count(plan.get("parameters"), _("parameters")),
         str(model.get("dtype", "")),
         quantised,
         weights,
@@ -128,7 +128,7 @@ def _adapters(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         _("LoRA of rank {lora_rank}, alpha {then}").format(
             lora_rank=settings["lora_rank"], then=settings.get("lora_alpha")
         ),
-        f"layers {settings.get('lora_layers')}",
+        _("layers {layers}").format(layers=settings.get("lora_layers")),
         _value(settings.get("lora_targets") or ""),
         _count(plan.get("trainable_parameters"), _("trained parameters")),
     )
@@ -145,17 +145,17 @@ def _text(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     )
     return _joined(
         str(data.get("source") or settings.get("dataset") or ""),
-        _count(documents, "documents"),
-        _count(plan.get("tokens"), "tokens"),
+        _count(documents, _("documents")),
+        _count(plan.get("tokens"), _("tokens")),
         asked,
         _digest(_part(_part(manifest, "origin"), "text").get("train") or data.get("sha256"), _("the text")),
-        f"licence: {data['licence']}" if data.get("licence") else "",
+        _("licence: {licence}").format(licence=data["licence"]) if data.get("licence") else "",
     )
 
 
 def _budget(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     unit, plan = str(settings.get("match", "epochs")), _part(manifest, "plan")
-    epochs = _count(settings.get("epochs"), "epochs")
+    epochs = _count(settings.get("epochs"), _("epochs"))
     if unit == "epochs":
         return _("{epochs} for every arm; what that costs differs").format(epochs=epochs)
     amount = settings.get("budget")
@@ -167,7 +167,7 @@ def _budget(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     flops = plan.get("flops")
     size = f"{flops / 1e9:,.0f} GFLOPs" if unit == "flops" and isinstance(flops, int | float) else ""
     return _joined(
-        _("the same {then} for every arm: {what}").format(then=UNITS.get(unit, unit), what=what), size
+        _("the same {unit} for every arm: {what}").format(unit=_(UNITS.get(unit, unit)), what=what), size
     )
 
 
@@ -175,12 +175,13 @@ def _batch(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     plan, size, micro = _part(manifest, "plan"), settings.get("batch_size"), settings.get("grad_accum") or 1
     if not isinstance(size, int) or not isinstance(micro, int):
         return ""
-    blocks = f"{size * micro} blocks" + (
+    blocks = _("{count} blocks").format(count=size * micro) + (
         _(" ({micro} micro-batches of {size})").format(micro=micro, size=size) if micro > 1 else ""
     )
     length = _count(plan.get("max_length") or settings.get("max_length"), _("tokens each"))
     return _joined(
-        blocks + (f" of {length}" if length else ""), _count(plan.get("batches"), _("batches in the text"))
+        blocks + (_(" of {length}").format(length=length) if length else ""),
+        _count(plan.get("batches"), _("batches in the text")),
     )
 
 
@@ -215,7 +216,7 @@ def _machine(manifest: Mapping[str, Any]) -> str:
     return _joined(
         str(manifest.get("platform", "")),
         str(hardware.get("cpu", "")),
-        _count(hardware.get("cores"), "cores"),
+        _count(hardware.get("cores"), _("cores")),
         _count(hardware.get("threads"), _("threads a process")),
         (", ".join(map(str, gpus)) or _("no GPU")) if hardware else "",
     )
@@ -227,7 +228,7 @@ def _versions(manifest: Mapping[str, Any]) -> str:
     return _joined(
         *named,
         f"Python {manifest['python']}" if "python" in manifest else "",
-        f"commit {commit[:DIGEST]}" if isinstance(commit, str) else "",
+        _("commit {commit}").format(commit=commit[:DIGEST]) if isinstance(commit, str) else "",
     )
 
 

@@ -68,7 +68,7 @@ def _write_cell(cell: CellScores) -> None:
     for arm in cell.arms:
         for each in arm.seeds:
             if each.result is not None:
-                _write_samples(each.folder, f"{arm.name}, seed {each.seed}")
+                _write_samples(each.folder, _("{arm}, seed {seed}").format(arm=arm.name, seed=each.seed))
 
 
 def rows(cell: CellScores) -> list[list[str]]:
@@ -143,7 +143,8 @@ def _page(cell: CellScores, results: Sequence[ArmResult]) -> str:
     ]
     for each in results:
         link = f"{quote(each.strategy)}/seed{each.seed}/{layout.SAMPLES_PAGE}"
-        lines.append(f"- [{markdown(each.strategy)}, seed {each.seed}]({link})")
+        name = _("{arm}, seed {seed}").format(arm=markdown(each.strategy), seed=each.seed)
+        lines.append(f"- [{name}]({link})")
     compute, passes = PICTURES.values()
     lines += [
         "",
@@ -158,7 +159,7 @@ def _page(cell: CellScores, results: Sequence[ArmResult]) -> str:
 def _troubles(results: Sequence[ArmResult]) -> list[str]:
     lines = []
     for each in results:
-        arm = f"{markdown(each.strategy)}, seed {each.seed}"
+        arm = _("{arm}, seed {seed}").format(arm=markdown(each.strategy), seed=each.seed)
         lines += (
             [_("**{arm}, stopped early**: {stopped}.").format(arm=arm, stopped=markdown(each.stopped)), ""]
             if each.stopped

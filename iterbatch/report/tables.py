@@ -115,7 +115,8 @@ def _arm_row(cell: CellScores, arm: ArmScores, compared: Comparison | None) -> d
         "ratio": number(cell.compute_ratio(arm.name), 2),
         "seconds": number(arm.mean(lambda result: result.train_seconds), 1),
         "fresh": number(arm.mean(lambda result: result.tokens_unique), 0),
-        "seeds": f"{len(arm.finished)}" + (f" (+{len(arm.failures)} failed)" if arm.failures else ""),
+        "seeds": f"{len(arm.finished)}"
+        + (_(" (+{count} failed)").format(count=len(arm.failures)) if arm.failures else ""),
         "worth": "" if arm.name == REFERENCE or worth is None else interval_of(worth),
         "target": "" if arm.name == REFERENCE else _to_target(cell, arm),
         "updates": number(arm.mean(lambda result: result.updates), 0),

@@ -71,7 +71,7 @@ class Pair:
     def outcome(self) -> str:
         """How it ended, in a few words."""
         if (reason := failure_of(self.folder)) is not None:
-            return f"failed: {reason}"
+            return _("failed: {reason}").format(reason=reason)
         result = read_result(self.folder)
         ppl = f"{result.val_ppl:,.3f}" if result.finite else _("not finite")
         stopped = _(", stopped early: {stopped}").format(stopped=result.stopped) if result.stopped else ""

@@ -78,7 +78,9 @@ class _Source:
     def complain(self, place: tuple[str, ...], message: str, line: int | None = None) -> None:
         near = (self.lines[place[:size]] for size in range(len(place), 0, -1) if place[:size] in self.lines)
         line = line or next(near, None)
-        problem = f"{self.path}{f', line {line}' if line else ''}: {message}"
+        problem = _("{path}, line {line}: {message}").format(path=self.path, line=line, message=message)
+        if not line:
+            problem = f"{self.path}: {message}"
         if problem not in self.problems:
             self.problems.append(problem)
 
@@ -420,7 +422,7 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
     place = ("cells", name) if name else ("settings",)
     own = {key: value for key, value in source.table("cells", name).items() if key != "arms"} if name else {}
     settings = {**DEFAULTS, **source.table("settings"), **own}
-    where = f"{source.path}{f', cell {name}' if name else ''}"
+    where = _("{path}, cell {name}").format(path=source.path, name=name) if name else str(source.path)
     file_words: list[str] = []
     try:
         file_words = [*source.words(settings), "--strategies", REFERENCE]
@@ -451,7 +453,7 @@ def _cell(source: _Source, name: str, words: Sequence[str]) -> Cell:
                 )
             ) from ended
         except UserError as problem:
-            source.complain(("arms", arm), f"arm '{arm}': {problem}")
+            source.complain(("arms", arm), _("arm '{arm}': {problem}").format(arm=arm, problem=problem))
     source.stop()
     return Cell(name, config, tuple(arms))
 

@@ -102,7 +102,7 @@ def _check_same(run_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> Non
         before = then["cells"].get(name)
         if before is None:
             continue
-        where = f"cell '{name}', " if name else ""
+        where = _("cell '{name}', ").format(name=name) if name else ""
         old, new = before["config"], cell["config"]
         settings = {key for key, value in new.items() if key not in RESUMABLE and old.get(key) != value}
         changed += [

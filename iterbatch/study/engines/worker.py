@@ -208,4 +208,4 @@ if __name__ == "__main__":
     except Stopped as stopped:
         raise SystemExit(stopped.exit_code) from None
     except UserError as problem:
-        raise SystemExit(f"error: {problem}") from None
+        raise SystemExit(_("error: ") + str(problem)) from None
