@@ -62,11 +62,11 @@ def test_the_same_command_twice(ran):
 def test_any_number_of_workers(tiny_folder, tmp_path):
     file = study_file(tmp_path, tiny_folder, ARMS, reuse="epoch", lora_layers="top:1")
     found = {}
-    for workers in (1, 2, 4):
+    for workers in (1, 4):
         words = ["compare", str(file), "--workers", str(workers), "--save_dir", str(tmp_path / str(workers))]
         _iterbatch(words, tmp_path / f"cache{workers}", threads=workers)  # one each
         found[workers] = outcome(tmp_path / str(workers) / "study")
-    assert found[1] == found[2] == found[4]
+    assert found[1] == found[4]
 
 
 def test_reuse_changes_what_is_paid_and_nothing_else(ran):
