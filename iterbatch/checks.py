@@ -123,6 +123,11 @@ def config_of_run(values: Mapping[str, Any], **more: Any) -> BenchConfig:
     Raises:
         ConfigError: as :func:`make_config`.
     """
+    if twice := values.keys() & more.keys():
+        names = ", ".join(sorted(twice))
+        raise ConfigError(
+            _("the run's config.yaml sets {names}; that is said on the command line only").format(names=names)
+        )
     named = values.get("strategies")
     if isinstance(named, list) and any(str(each) not in STRATEGIES for each in named):
         values = {name: value for name, value in values.items() if name in settings()}

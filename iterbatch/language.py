@@ -41,3 +41,6 @@ def of_the_system() -> str:
     """What ``ITERBATCH_LANG`` says, or else the locale of the system."""
     given = os.environ.get("ITERBATCH_LANG") or locale.getlocale()[0] or ""
     return "zh" if given.lower().startswith(("zh", "chinese")) else "en"
+
+
+use(of_the_system())

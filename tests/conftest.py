@@ -7,6 +7,7 @@ from campaigns.tiny import make_tiny
 
 # Before any library is imported: no network, and no cache shared with the user's own.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ITERBATCH_LANG"] = "en"  # messages are compared in English, wherever the tests run
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # One thread a process: tests run side by side, and threads of busy processes wait for each other by spinning.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

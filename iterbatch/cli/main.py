@@ -103,13 +103,13 @@ def main(words: Sequence[str] | None = None) -> int:
         Its exit code: 0, 2 for bad input or trouble that the user can mend, 130 after Ctrl-C, 143
         after SIGTERM.
     """
-    given = speak(list(sys.argv[1:] if words is None else words))
+    given = list(sys.argv[1:] if words is None else words)
     for stream in (sys.stdout, sys.stderr):  # a Windows console may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     console, errors = _Console(width=_width()), _Console(stderr=True, width=_width())
     try:
-        return _run(given, console)
+        return _run(speak(given), console)
     except KeyboardInterrupt as stopped:  # before or after what a command does about it itself
         _complain(errors, _("interrupted"))
         return exit_code(stopped)
@@ -134,7 +134,7 @@ def speak(words: list[str]) -> list[str]:
         else:
             left.append(word)
     if asked and asked not in LANGUAGES:
-        asked, left = "", [*left, "--lang", asked]  # which the parser refuses, with what is allowed
+        raise ConfigError(f"--lang is '{asked}'; choose from {', '.join(LANGUAGES)}")
     os.environ["ITERBATCH_LANG"] = asked or of_the_system()
     use(os.environ["ITERBATCH_LANG"])
     return left

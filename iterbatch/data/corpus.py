@@ -25,7 +25,7 @@ from iterbatch.data.forms import FIELDS, has_form, read_form
 from iterbatch.data.rows import UTF8, Row, characters, rows
 from iterbatch.data.wikitext import wikitext_articles, wikitext_document
 from iterbatch.errors import DataError, did_you_mean
-from iterbatch.language import _
+from iterbatch.language import N_, _
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FRACTION = 0.1  # of the documents, for each of validation and test, where a source brings none
@@ -110,12 +110,12 @@ def read_corpus(
     if data_dir is not None:
         splits, licence, source = (
             _read_local(data_dir, reading),
-            _("as the text's owner states"),
+            N_("as the text's owner states"),
             str(data_dir),
         )
     elif dataset == "pydocs":
         splits, source = _pydocs(reading), _("the Python reference manual")
-        licence = _("Python Software Foundation License 2")
+        licence = "Python Software Foundation License 2"
     else:
         splits, licence, source = _read_hub(dataset, dataset_config, reading)
     return complete_splits(splits, source, licence, reading)
@@ -278,7 +278,7 @@ def _read_hub(dataset: str, config: str | None, reading: Reading) -> tuple[dict[
                 "--data_dir{near}"
             ).format(dataset=dataset, names=", ".join(names), near=did_you_mean(dataset, names))
         )
-    hub = known or HubDataset(dataset, None, _("as the data set's card states"))
+    hub = known or HubDataset(dataset, None, N_("as the data set's card states"))
     config = config or hub.config
     datasets.disable_progress_bars()
     try:

@@ -149,7 +149,7 @@ def _text(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         _count(plan.get("tokens"), _("tokens")),
         asked,
         _digest(_part(_part(manifest, "origin"), "text").get("train") or data.get("sha256"), _("the text")),
-        _("licence: {licence}").format(licence=data["licence"]) if data.get("licence") else "",
+        _("licence: {licence}").format(licence=_(str(data["licence"]))) if data.get("licence") else "",
     )
 
 

@@ -5,17 +5,18 @@ import ast
 import pytest
 from conftest import ROOT
 
-BASE = {"errors", "plain_yaml", "config"}
+BASE = {"errors", "plain_yaml", "config", "language"}
 RECORDS = BASE | {"records"}
 DATA = RECORDS | {"data"}
 STRATEGY = RECORDS | {"strategy"}
 REUSE = DATA | {"model", "runtime"}
 DOORS = RECORDS | STRATEGY | {"checks", "flags", "runtime", "quiet", "settings"}
 MAY_IMPORT = {
-    "errors": set(),
-    "plain_yaml": set(),
+    "language": set(),
+    "errors": {"language"},
+    "plain_yaml": {"language"},
     "quiet": set(),
-    "config": {"errors"},
+    "config": {"errors", "language"},
     "records": BASE,
     "runtime": RECORDS,
     "data": RECORDS,
