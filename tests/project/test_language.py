@@ -4,23 +4,16 @@ import html
 import re
 import shutil
 import string
-import subprocess
-import sys
-from io import BytesIO
 
 import pytest
-from babel.messages.mofile import write_mo
-from babel.messages.pofile import read_po
-from conftest import ROOT
+from support import messages
 from support.studies import study_file
 
 from iterbatch import language
-from iterbatch.cli.main import COMMANDS, DOCS, main
-from iterbatch.language import CATALOGUES, _
+from iterbatch.cli.main import COMMANDS, main
+from iterbatch.language import _
 
-PO = CATALOGUES / "zh" / "LC_MESSAGES" / "iterbatch.po"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
-KEYWORDS = ["-k", "N_", "-k", "Knob", "-k", "in_figure", "-k", "Also:2"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,25 +27,15 @@ def english_again(monkeypatch):
 @pytest.fixture(scope="module")
 def catalogue():
     """The translations, by message."""
-    with PO.open("rb") as file:
-        return {message.id: message.string for message in read_po(file) if message.id}
+    return messages.translated()
 
 
-@pytest.fixture(scope="module")
-def messages(tmp_path_factory):
-    """Every message of the package: those that its sources mark, and what commands say of themselves."""
-    pot = tmp_path_factory.mktemp("pot") / "iterbatch.pot"
-    command = [sys.executable, "-m", "babel.messages.frontend", "-q", "extract", "-F", "babel.cfg", *KEYWORDS]
-    subprocess.run([*command, "-o", str(pot), "."], cwd=ROOT, check=True)
-    with pot.open("rb") as file:
-        return {message.id for message in read_po(file) if message.id} | set(DOCS.values())
-
-
-def test_every_message_is_translated_and_no_translation_is_left_over(messages, catalogue):
-    assert messages - catalogue.keys() == set()
-    assert catalogue.keys() - messages == set()
+def test_every_message_is_translated_and_no_translation_is_left_over(catalogue):
+    found = messages.extracted()
+    assert found - catalogue.keys() == set()
+    assert catalogue.keys() - found == set()
     assert [message for message, said in catalogue.items() if not said] == []
-    assert len(messages) > 800
+    assert len(found) > 800
 
 
 def _fields(message):
@@ -75,10 +58,7 @@ def test_translations_are_chinese(catalogue):
 
 
 def test_the_compiled_catalogue_is_the_written_one():
-    compiled = BytesIO()
-    with PO.open("rb") as file:
-        write_mo(compiled, read_po(file))
-    assert PO.with_suffix(".mo").read_bytes() == compiled.getvalue()
+    assert messages.PO.with_suffix(".mo").read_bytes() == messages.compiled()
 
 
 def test_the_language_is_asked_for_by_flag_variable_or_locale(monkeypatch, capsys):
