@@ -7,7 +7,7 @@ from rich.console import Console
 from typing_extensions import Unpack
 
 from iterbatch.bench.listener import Listener
-from iterbatch.checks import config_of
+from iterbatch.checks import make_config
 from iterbatch.cli.progress import RichListener, StudyProgress
 from iterbatch.config import BenchConfig
 from iterbatch.errors import ConfigError
@@ -42,7 +42,9 @@ def run(
         raise ConfigError(
             _("give a configuration or settings, not both: {names}").format(names=", ".join(settings))
         )
-    config = config or config_of(settings)
+    config = config or make_config(**settings)
+    if config.run.dry_run:
+        raise ConfigError(_("dry_run is for the command line; leave it out to train"))
     quiet_libraries()
     shown = RichListener(Console(), config) if listener is None and is_main() else None
     with shown or contextlib.nullcontext():

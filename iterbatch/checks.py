@@ -87,14 +87,14 @@ def make_config(**values: Unpack[Settings]) -> BenchConfig:
     Raises:
         ConfigError: for an unknown knob, and a value of another type or out of range.
     """
-    return config_of(values)
-
-
-def config_of(values: Mapping[str, Any]) -> BenchConfig:
-    """As :func:`make_config`, of settings that were read."""
-    given = dict(values)
+    given: dict[str, Any] = {**values}
     if isinstance(given.get("strategies"), list | tuple):  # those of one's own bring knobs
         given["strategies"] = [_registered(each) for each in given["strategies"]]
+    return config_of(given)
+
+
+def config_of(given: Mapping[str, Any]) -> BenchConfig:
+    """As :func:`make_config`, of settings that were read: they name known strategies, and never code."""
     known, kinds = settings(), types()
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     problems = []

@@ -37,9 +37,16 @@ def in_use() -> str:
     return "en" if type(_catalogue) is gettext.NullTranslations else "zh"
 
 
+def _locale() -> str:
+    try:
+        return locale.getlocale()[0] or ""
+    except ValueError:  # one that Python does not know
+        return ""
+
+
 def of_the_system() -> str:
     """What ``ITERBATCH_LANG`` says, or else the locale of the system."""
-    given = os.environ.get("ITERBATCH_LANG") or locale.getlocale()[0] or ""
+    given = os.environ.get("ITERBATCH_LANG") or _locale()
     return "zh" if given.lower().startswith(("zh", "chinese")) else "en"
 
 

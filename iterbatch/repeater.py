@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from iterbatch.data.batch import IGNORED, Batch, MicroBatch
 from iterbatch.errors import ConfigError, did_you_mean
 from iterbatch.language import _
+from iterbatch.model.base import SUPPORTED
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
 from iterbatch.records.record import BatchRecord
@@ -84,7 +85,9 @@ class Repeater:
     ) -> None:
         self.strategy = _strategy(strategy, seed, knobs, probes=bool(probe))
         accelerator = accelerator or PlainAccelerator(model)
-        allowance = Allowance("updates", budget or UNLIMITED, budget or UNLIMITED)
+        _check_accelerator(accelerator)
+        passes = UNLIMITED if budget is None else budget
+        allowance = Allowance("updates", passes, passes)
         shared = Ledger(), allowance, scheduler
         alone = getattr(accelerator, "num_processes", 1) == 1
         self.reuses = reuse and loss is None and alone and has_frozen_prefix(model)
@@ -117,7 +120,8 @@ class Repeater:
         """Train a batch, and repeat it as the strategy says.
 
         Args:
-            batch: As one's loss takes it; a list is an accumulation window of several, one update a pass.
+            batch: As one's loss takes it; a list of batches is an accumulation window, one update a pass. A
+                list of tensors is one batch, as a DataLoader gives it.
 
         Returns:
             Its losses, one a pass, and what was planned and done.
@@ -125,10 +129,16 @@ class Repeater:
         Raises:
             ConfigError: where the batch is not what the model takes.
         """
-        micro_batches = batch if isinstance(batch, list) else [batch]
+        # A DataLoader gives the parts of one batch as a list of tensors.
+        several = isinstance(batch, list) and not any(isinstance(each, Tensor) for each in batch)
+        micro_batches = batch if several else [batch]
+        if not micro_batches:
+            raise ConfigError(_("a batch is an empty list; give at least one micro-batch"))
         index, self._batches = self._batches, self._batches + 1
         if self.reuses:
             batch = Batch(tuple(map(as_micro_batch, micro_batches)), index)
+            if not batch.label_tokens:
+                raise ConfigError(_("the batch has no label to learn from; leave it out"))
         else:
             batch = _Window(micro_batches, index)
         self._step.begin()
@@ -154,6 +164,21 @@ class Repeater:
         self._batches = state["batches"]
 
 
+def _check_accelerator(accelerator: Any) -> None:
+    """See that passes mean what they say.
+
+    Raises:
+        ConfigError: where several processes would decide alone, or gradients be divided twice.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if isinstance(accelerator, PlainAccelerator) and distributed and torch.distributed.get_world_size() > 1:
+        raise ConfigError(_("several processes must decide alike; give accelerator=, the one of your loop"))
+    if getattr(accelerator, "gradient_accumulation_steps", 1) != 1:
+        raise ConfigError(
+            _("Accelerate divides gradients by its gradient_accumulation_steps; give 1, and windows as lists")
+        )
+
+
 def _strategy(
     given: str | type[BaseTrainingStrategy] | BaseTrainingStrategy,
     seed: int,
@@ -162,6 +187,7 @@ def _strategy(
     probes: bool,
 ) -> BaseTrainingStrategy:
     if isinstance(given, BaseTrainingStrategy):
+        _check_needs(type(given), type(given).__name__, probes=probes)
         if knobs:
             raise ConfigError(
                 _("the strategy is made already; give {names} to its constructor").format(
@@ -184,6 +210,16 @@ def _strategy(
             )
     if problems := [line for knob, value in knobs.items() for line in known[knob].knob.problems(knob, value)]:
         raise ConfigError("\n".join(problems))
+    _check_needs(kind, name, probes=probes)
+    return make_strategy(name, knobs, seed)
+
+
+def _check_needs(kind: type[BaseTrainingStrategy], name: str, *, probes: bool) -> None:
+    """See that a loop can give what a strategy needs.
+
+    Raises:
+        ConfigError: where it cannot.
+    """
     if kind.made_from and kind.needs != PROBE_TEXT:
         raise ConfigError(
             _("'{name}' is made from another arm's records; compare it by `iterbatch compare`").format(
@@ -202,7 +238,6 @@ def _strategy(
                 name=name, needs=kind.needs
             )
         )
-    return make_strategy(name, knobs, seed)
 
 
 def _with_seconds(record: BatchRecord, seconds: float) -> BatchRecord:
@@ -270,27 +305,34 @@ def _drop_gradients_where_not_finite(optimizer: Any, norm: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
+@contextlib.contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """After the block every module trains, or does not, as before."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
 # ------------------------------------------------------------------------------------------------------------
 # With a frozen prefix
 
 
 def has_frozen_prefix(model: Any) -> bool:
-    """Whether a model is of the LLaMA layout, all its trained parameters in its layers, the lowest frozen."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = getattr(getattr(causal, "model", None), "layers", None)
-    if (
-        not isinstance(layers, nn.ModuleList)
-        or not hasattr(causal, "lm_head")
-        or not hasattr(causal, "config")
-    ):
+    """Whether a model is a LLaMA with LoRA on its upper layers alone, as our own loop trains it."""
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return False
+    causal = model.get_base_model()
+    config, layers = getattr(causal, "config", None), getattr(getattr(causal, "model", None), "layers", None)
+    known = getattr(config, "model_type", "") in SUPPORTED
+    sdpa = getattr(config, "_attn_implementation", "") == "sdpa"
+    if not known or not sdpa or not isinstance(layers, nn.ModuleList):
         return False
     inside = {id(parameter) for parameter in layers.parameters()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained or any(id(parameter) not in inside for parameter in trained):
-        return False
-    try:
-        flop_model(model)
-    except Exception:  # of another layout
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if not trained or any("lora_" not in name or id(each) not in inside for name, each in trained.items()):
         return False
     return CutModel(model).cut > 0
 
@@ -310,6 +352,10 @@ def as_micro_batch(batch: Any) -> MicroBatch:
             ).format(held=held)
         )
     ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        raise ConfigError(
+            _("attention_mask has {count} dimensions, not 2; give reuse=False").format(count=mask.ndim)
+        )
     ahead = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
     if mask is not None and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         mask = None  # padding, if any, is on the right: causal attention does not see it
@@ -327,8 +373,15 @@ class _CutPasses(_UsersRate, Passes):
         noise: GradientNoise | None = None,
     ) -> Pass:
         """As in our own loop."""
+        torch.clear_autocast_cache()  # it would keep the weights of before the update
         with self.rate_kept():
             return super().make(batch, rate, adjust, noise)
+
+    def score(self, batch: OpenBatch) -> Tensor:
+        """As in our own loop; every module keeps its mode."""
+        torch.clear_autocast_cache()
+        with _modes_kept(self.model):
+            return super().score(batch)
 
     def _skip_where_not_finite(self, norm: Tensor) -> None:
         _drop_gradients_where_not_finite(self.optimizer, norm)
@@ -383,13 +436,16 @@ class _Window:
 
 def _weights(micro_batches: Sequence[Any]) -> list[float]:
     """Of each micro-batch in the loss: its label tokens where all are a language model's, else alike."""
-    if not micro_batches:
-        raise ConfigError(_("a batch is an empty list; give at least one micro-batch"))
+    count = len(micro_batches)
     labels = [each.get("labels") if isinstance(each, Mapping) else None for each in micro_batches]
-    if any(not isinstance(each, Tensor) or each.ndim != 2 for each in labels):
-        return [1 / len(micro_batches)] * len(micro_batches)
-    tokens = [int((each[:, 1:] != IGNORED).sum()) for each in labels if isinstance(each, Tensor)]
-    return [count / max(1, sum(tokens)) for count in tokens]
+    tokens = [
+        int((each[:, 1:] != IGNORED).sum())
+        for each in labels
+        if isinstance(each, Tensor) and each.ndim == 2 and each.shape[1] > 1 and not each.is_floating_point()
+    ]
+    if count == 1 or len(tokens) < count or not sum(tokens):
+        return [1 / count] * count
+    return [each / sum(tokens) for each in tokens]
 
 
 class _WholePasses(_UsersRate):
@@ -404,6 +460,7 @@ class _WholePasses(_UsersRate):
 
     def make(self, window: _Window) -> Pass:
         """One pass over a window, with its update."""
+        torch.clear_autocast_cache()  # it would keep the weights of before the update
         total = torch.zeros((), device=self.accelerator.device)
         last = len(window.micro_batches) - 1
         for place, (micro, weight) in enumerate(zip(window.micro_batches, window.weights, strict=True)):
@@ -412,7 +469,8 @@ class _WholePasses(_UsersRate):
                 with self.accelerator.autocast():
                     loss = self._loss(self.model, micro)
                 self.accelerator.backward(loss * weight)
-            total += loss.detach().float() * weight
+            if weight:  # a micro-batch without a label has no loss
+                total += loss.detach().float() * weight
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm))
         if self.accelerator.scaler is None:
             _drop_gradients_where_not_finite(self.optimizer, norm)
@@ -423,11 +481,10 @@ class _WholePasses(_UsersRate):
     @torch.no_grad()
     def score(self, batch: Any) -> float:
         """Its loss as the model is now, without dropout."""
-        training = self.model.training
-        self.model.eval()
-        with self.accelerator.autocast():
+        torch.clear_autocast_cache()
+        with _modes_kept(self.model), self.accelerator.autocast():
+            self.model.eval()
             loss = self._loss(self.model, batch)
-        self.model.train(training)
         return self._mean(loss.float())
 
     def _mean(self, value: Tensor) -> float:

@@ -46,6 +46,11 @@ def flops_per_second(base: Base, config: BenchConfig) -> float:
     return probe.fresh_flops / statistics.median(rounds)
 
 
-def with_seconds(plan: Plan, base: Base, config: BenchConfig, processes: int = 1) -> Plan:
+def with_seconds(plan: Plan, base: Base, config: BenchConfig) -> Plan:
     """A plan that says how long training an arm will take here."""
-    return dataclasses.replace(plan, seconds=plan.flops / (flops_per_second(base, config) * processes))
+    unit, budget = config.training.match, config.training.budget
+    if unit == "seconds" and budget is not None:
+        return dataclasses.replace(plan, seconds=budget)
+    seconds = plan.flops / flops_per_second(base, config)
+    of_plan = {"flops": plan.flops, "updates": plan.batches, "tokens": plan.tokens}
+    return dataclasses.replace(plan, seconds=seconds * (budget / of_plan[unit] if budget else 1.0))

@@ -1,7 +1,6 @@
 """Who is notified of how a run goes."""
 
 from pathlib import Path
-from typing import ClassVar
 
 from iterbatch.bench.prepare import Plan
 from iterbatch.records.record import BatchRecord, EvalRecord
@@ -11,7 +10,7 @@ from iterbatch.records.result import ArmResult
 class Listener:
     """A silent one; the command line shows progress."""
 
-    estimates: ClassVar[bool] = False  # whether a plan is to say how long training will take
+    estimates: bool = False  # whether a plan is to say how long training will take
 
     def note(self, message: str) -> None:
         """Something the user should know."""

@@ -198,8 +198,8 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
                 content = {**_manifest(prepared, plan), "compile_seconds": cold_start}
                 write_places(run_dir, config.flat())
                 write_json(run_dir / layout.MANIFEST, content)
-            if listener.estimates:
-                plan = with_seconds(plan, prepared.base, config, accelerator.num_processes)
+            if listener.estimates and accelerator.num_processes == 1:  # its passes would wait for the others
+                plan = with_seconds(plan, prepared.base, config)
             listener.planned(plan, run_dir)
             yield Shared(prepared, plan, model, placed, reuse, accelerator, interrupts, run_dir, compiled_for)
     except (MemoryError, RuntimeError) as problem:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shutil
 import signal
 from collections.abc import Mapping
@@ -303,7 +304,8 @@ def _roll_back(job: Job, parts: ArmParts, reason: str) -> bool:
         return False
     ledger.keep_spent(before)
     where = _("back to batch {batches} with half the learning rate").format(batches=ledger.batches)
-    job.listener.note(f"{job.label}: {reason.split(';')[0]}; {where}")
+    fault = re.split("[;\uff1b]", reason)[0]  # the advice after it is for an arm that stops
+    job.listener.note(f"{job.label}: {fault}; {where}")
     return True
 
 

@@ -53,7 +53,10 @@ class ListRuns:
 
 
 def _is_run(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).is_file() for name in (layout.STUDY, layout.CONFIG))
+    try:
+        return folder.is_dir() and any((folder / name).is_file() for name in (layout.STUDY, layout.CONFIG))
+    except OSError:  # that may not be looked into
+        return False
 
 
 def _row(folder: Path) -> tuple[str, str, str, str, str]:
@@ -72,7 +75,8 @@ def _row(folder: Path) -> tuple[str, str, str, str, str]:
 def _best(cells: list[CellScores]) -> tuple[str, str]:
     if len(cells) > 1:
         return _("{count} cells").format(count=len(cells)), ""
-    found = {arm.name: arm.mean(lambda result: result.test_ppl) for cell in cells for arm in cell.arms}
+    fair = [arm for cell in cells for arm in cell.arms if not arm.failures and arm.budget_share == 1]
+    found = {arm.name: arm.mean(lambda result: result.test_ppl) for arm in fair}
     known = {name: ppl for name, ppl in found.items() if ppl == ppl}  # not NaN
     best = min(known, key=lambda name: known[name], default="")
     return best, number(known[best]) if best else ""

@@ -59,6 +59,7 @@ class RichListener(Listener):
         self._wide, self._started, self._name, self._task = wide, 0, "", TaskID(0)
         self._tokens, self._seconds, self._passes, self._batches = 0, 0.0, 0, 0
         self._begun = self._said = time.monotonic()
+        self._first = 0.0  # fraction at its first batch here
 
     def __enter__(self) -> "RichListener":
         self.progress.start()
@@ -109,6 +110,8 @@ class RichListener(Listener):
 
     def batch_done(self, record: BatchRecord, fraction: float) -> None:
         """Move the bar."""
+        if self._batches == 0:
+            self._first = min(fraction, 1.0)  # a resumed arm begins further on
         self._tokens += record.tokens * record.repeats_done
         self._seconds += record.seconds
         self._passes += record.repeats_done
@@ -128,7 +131,8 @@ class RichListener(Listener):
         now = time.monotonic()
         if not self.console.is_terminal and now - self._said >= EVERY_S:
             self._said = now
-            left = (now - self._begun) * (1 / fraction - 1) if 0 < fraction <= 1 else 0.0
+            moved = min(fraction, 1.0) - self._first
+            left = (now - self._begun) * (1 - min(fraction, 1.0)) / moved if moved > 0 else 0.0
             self._print(
                 _("{name}: {fraction:.0%}, {shown}, {left:,.0f} s left").format(
                     name=self._name, fraction=min(fraction, 1.0), shown=shown, left=left

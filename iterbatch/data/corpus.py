@@ -20,7 +20,7 @@ from iterbatch.config import LossOn
 from iterbatch.data import documents
 from iterbatch.data.chat import Writer
 from iterbatch.data.documents import Document, Documents, cut, documents_of_pieces
-from iterbatch.data.files import ENDINGS, SPLIT_WORDS, TextFile, find_files
+from iterbatch.data.files import SPLIT_WORDS, TextFile, endings, find_files
 from iterbatch.data.forms import FIELDS, has_form, read_form
 from iterbatch.data.rows import UTF8, Row, characters, rows
 from iterbatch.data.wikitext import wikitext_articles, wikitext_document
@@ -309,5 +309,5 @@ def unreachable_dataset(name: str, problem: BaseException) -> str:
         name=name,
         name2=type(problem).__name__,
         splitlines=str(problem).splitlines()[0][:200],
-        endings=ENDINGS,
+        endings=endings(),
     )

@@ -28,7 +28,6 @@ FORMATS = {
     ".parquet": "parquet",
 }
 PACKED = {".gz": "gzip", ".zst": "zstd"}
-ENDINGS = _("{names}, each also with {names2}").format(names=", ".join(FORMATS), names2=" or ".join(PACKED))
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -50,6 +49,11 @@ _HINTS = re.compile("|".join(word for word, split in SPLIT_WORDS.items() if spli
 _NEVER = {"thumbs.db", "desktop.ini", "__macosx", "__pycache__"}
 # Of text files, those that tell of a data set and are none of it.
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|citation|contributing|dataset_infos?)\b", re.I)
+
+
+def endings() -> str:
+    """Those that can be read, as one says them."""
+    return _("{names}, each also with {packed}").format(names=", ".join(FORMATS), packed=" or ".join(PACKED))
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def find_files(place: Path) -> Found:
     if not place.exists():
         raise DataError(
             _("--data_dir {place} does not exist; give a file or folder of {endings}").format(
-                place=place, endings=ENDINGS
+                place=place, endings=endings()
             )
         )
     if not place.is_dir():
@@ -116,7 +120,7 @@ def find_files(place: Path) -> Found:
     if not files:
         raise DataError(
             _("--data_dir {place} holds no file with one of the endings {endings}").format(
-                place=place, endings=ENDINGS
+                place=place, endings=endings()
             )
         )
     found = Found()
@@ -145,13 +149,13 @@ def _named(path: Path) -> TextFile:
         ending = path.suffix
         raise DataError(
             _("{path} has the ending '{ending}'; allowed are {endings}{near}").format(
-                path=path, ending=ending, endings=ENDINGS, near=did_you_mean(ending.lower(), FORMATS)
+                path=path, ending=ending, endings=endings(), near=did_you_mean(ending.lower(), FORMATS)
             )
         )
     if not path.is_file():
         raise DataError(
             _("{path} is no regular file; give a file or folder of {endings}").format(
-                path=path, endings=ENDINGS
+                path=path, endings=endings()
             )
         )
     return file

@@ -1,7 +1,6 @@
 """How far the pairs of a study are, and how long the rest will take."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,28 +27,19 @@ class Course:
 
 
 class Pace:
-    """Estimates when a study ends, from how fast it has moved since this was made.
+    """Estimates how long the rest takes, from how much has moved since this was made."""
 
-    Args:
-        shares: Of each pair, its budget in those of the others.
-    """
+    def __init__(self) -> None:
+        self._since = time.monotonic()
 
-    def __init__(self, shares: Sequence[float]) -> None:
-        self._whole = sum(shares)
-        self._since, self._from = time.monotonic(), -1.0
-
-    def left(self, spent: float) -> float | None:
-        """Seconds until all is spent; None as long as nothing has moved.
+    def left(self, moved: float, rest: float) -> float | None:
+        """Seconds until all is done; None as long as nothing has moved.
 
         Args:
-            spent: Of the budgets of all pairs, in shares.
+            moved: What has been done since, in any unit.
+            rest: What is left, in the same.
         """
-        if self._from < 0:
-            self._since, self._from = time.monotonic(), spent
-        moved = spent - self._from
-        if moved <= 0:
-            return None
-        return max(0.0, self._whole - spent) * (time.monotonic() - self._since) / moved
+        return rest * (time.monotonic() - self._since) / moved if moved > 0 else None
 
 
 def about(seconds: float) -> str:

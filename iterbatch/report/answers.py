@@ -9,6 +9,8 @@ from iterbatch.report.comparison import CellScores, Comparison
 from iterbatch.report.wording import interval_words, p_words, percent_words, signed
 from iterbatch.strategy import REFERENCE
 
+MOST = 700.0  # nats a token, above which e to the power is more than a float holds
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -38,8 +40,11 @@ def _conclusion(cell: CellScores) -> str:
     found = [each for each in cell.against_baseline if math.isfinite(each.estimate)]
     if not found:
         return _nothing(cell)
-    best = min(found, key=lambda each: each.estimate)
-    if best.interval is None:
+    beyond = [each for each in found if each.verdict == "better"]
+    best = min(beyond or found, key=lambda each: each.estimate)
+    if best.estimate == 0 and (best.interval is None or best.verdict == "trained alike"):
+        said = _("{arm} trained as the baseline did, to the last digit.").format(arm=best.arm)
+    elif best.interval is None:
         said = _("{ended}; with one seed this may be chance.").format(ended=_ended(best))
     else:
         said = f"{_best(best, found)}{_best_repeating(cell, best, found)}"
@@ -84,7 +89,9 @@ def _repeats(cell: CellScores, name: str) -> bool:
 
 
 def over_all(cells: Mapping[str, CellScores]) -> str:
-    """What several comparisons say together, in one sentence."""
+    """What several comparisons say together, in one sentence; empty while pairs are still to be trained."""
+    if any(cell.open for cell in cells.values()):
+        return ""
     verdicts = {name: {each.verdict for each in cell.against_baseline} for name, cell in cells.items()}
     better = [name for name, found in verdicts.items() if "better" in found]
     only_worse = [name for name, found in verdicts.items() if found == {"worse"}]
@@ -110,6 +117,10 @@ def _nothing(cell: CellScores) -> str:
     if failed:
         return _("There is nothing to compare: the baseline failed with seed {names}.").format(
             names=", ".join(failed)
+        )
+    if cell.against_baseline:
+        return _(
+            "There is nothing to compare: every other arm failed with a seed that the baseline finished."
         )
     return _("There is nothing to compare: no other arm has finished a seed that the baseline has finished.")
 
@@ -137,13 +148,13 @@ def _ended(each: Comparison) -> str:
 def _sure(each: Comparison) -> str:
     """The interval in per cent, the p-value, and of how many seeds."""
     assert each.interval is not None
-    low, high = (100 * math.expm1(end) for end in (each.interval.low, each.interval.high))
+    low, high = (100 * math.expm1(min(end, MOST)) for end in (each.interval.low, each.interval.high))
     if high < 0:
         interval = _("{small:.1f}% to {large:.1f}% lower").format(small=-high, large=-low)
     elif low > 0:
         interval = _("{small:.1f}% to {large:.1f}% higher").format(small=low, large=high)
     else:
-        interval = _("{lower:.1f}% lower to {higher:.1f}% higher").format(lower=-low, higher=high)
+        interval = _("{lower:.1f}% lower to {higher:.1f}% higher").format(lower=abs(low), higher=high)
     p = p_words(each.p_adjusted, "= ")
     return _("95% interval {interval}; p {p}; {seeds} seeds").format(
         interval=interval, p=p, seeds=len(each.seeds)

@@ -142,7 +142,9 @@ class CellScores:
     @property
     def compared(self) -> list[ArmScores]:
         """The arms that are compared with the baseline: those with the same budget."""
-        return [arm for arm in self.arms if arm.name != REFERENCE and arm.budget_share == 1]
+        baseline = self.arm(REFERENCE)
+        share = 1.0 if baseline is None else baseline.budget_share
+        return [arm for arm in self.arms if arm.name != REFERENCE and arm.budget_share == share]
 
     @property
     def unit(self) -> str:

@@ -203,9 +203,8 @@ def _curves(axes: Axes, cell: CellScores, *, axis: str, label: str) -> bool:
 def _final(axes: Axes, cell: CellScores) -> bool:
     """Final perplexity of every arm against its compute, or a row an arm where all cost the same."""
     baseline = cell.arm(REFERENCE)
-    known = {
-        arm.name: arm.values(lambda result: result.test_ppl) for arm in cell.arms if arm.budget_share == 1
-    }
+    shown = [arm for arm in cell.arms if arm is baseline or arm in cell.compared]
+    known = {arm.name: arm.values(lambda result: result.test_ppl) for arm in shown}
     points = {name: values for name, values in known.items() if values}
     if not points:
         return False

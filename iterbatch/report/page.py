@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from iterbatch.errors import RunError
 from iterbatch.language import _, in_use
@@ -120,14 +119,22 @@ def write_several(run_dirs: Sequence[Path], folder: Path) -> list[CellScores]:
     if (folder / layout.STUDY).exists() or (folder / layout.CONFIG).exists():
         raise RunError(_("{folder} is the folder of a run; give another one by --out").format(folder=folder))
     named: dict[str, CellScores] = {}
-    for run_dir in run_dirs:
+    for run, run_dir in zip(_labels(run_dirs), run_dirs, strict=True):
         refuse_links(run_dir, leaving=[layout.TRACKING])
         for cell in read_cells(run_dir):
-            run = run_dir.resolve().name if run_dir.resolve().name not in named else str(run_dir)
             named[f"{run}/{cell.name}" if cell.name else run] = cell
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, " and ".join(run_dir.resolve().name for run_dir in run_dirs), named)
     return list(named.values())
+
+
+def _labels(run_dirs: Sequence[Path]) -> list[str]:
+    """A name for each, told apart where several folders have one."""
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
+        for place, name in enumerate(names)
+    ]
 
 
 def write_growing(run_dir: Path, cells: Mapping[str, CellScores], now: Any, reload: int) -> None:
@@ -151,7 +158,9 @@ def _write(
     now: Any = None,
     reload: int = 0,
 ) -> None:
-    sections = [_section(name, cell, folder) for name, cell in cells.items()]
+    sections = [
+        _section(f"c{number}", name, cell, folder) for number, (name, cell) in enumerate(cells.items(), 1)
+    ]
     content = {
         "title": title,
         "unfinished": banner,
@@ -186,9 +195,11 @@ def _render(name: str, content: dict[str, Any]) -> str:
     return loader.get_template(name).render(**content)
 
 
-def _section(title: str, cell: CellScores, folder: Path) -> Section:
-    anchor = quote(title, safe="") or "comparison"
-    drawn = figures.draw(cell, cell.run_dir / layout.FIGURES)
+def _section(anchor: str, title: str, cell: CellScores, folder: Path) -> Section:
+    drawn_in = cell.run_dir / layout.FIGURES
+    if not cell.run_dir.resolve().is_relative_to(folder.resolve()):  # of a run that stays as it is
+        drawn_in = folder / layout.FIGURES / anchor
+    drawn = figures.draw(cell, drawn_in)
     return Section(
         cell=cell,
         title=title,
@@ -199,7 +210,7 @@ def _section(title: str, cell: CellScores, folder: Path) -> Section:
         setup=setup_of(cell),
         arms=arms_setup(cell),
         drawings={each.name: replace(each, svg=_unique(each, anchor)) for each in drawn},
-        folder=tables.link(cell.run_dir / layout.FIGURES, folder),
+        folder=tables.link(drawn_in, folder),
         rows=tables.arm_rows(cell),
         text=tables.text_rows(cell),
         memory=tables.memory_rows(cell),

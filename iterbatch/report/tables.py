@@ -202,7 +202,10 @@ def _run(arm: ArmScores, each: SeedScores, folder: Path) -> Run:
 
 def link(to: Path, folder: Path) -> str:
     """From a page in one folder to another folder."""
-    return "/".join(quote(part) for part in Path(os.path.relpath(to, folder)).parts)
+    try:
+        return "/".join(quote(part) for part in Path(os.path.relpath(to, folder)).parts)
+    except ValueError:  # on another drive
+        return to.resolve().as_uri()
 
 
 def samples(cell: CellScores) -> list[dict[str, Any]]:

@@ -60,7 +60,7 @@ def share_words(speed_up: Interval) -> str:
 
 def percent_words(estimate: float) -> tuple[str, str]:
     """What a difference of log perplexity means for perplexity: how many per cent, and lower or higher."""
-    change = math.expm1(estimate) * 100
+    change = math.expm1(min(estimate, 700.0)) * 100
     return f"{abs(change):.1f}%", _("lower") if change < 0 else _("higher")
 
 

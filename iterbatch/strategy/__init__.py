@@ -196,7 +196,14 @@ def register(word: str | type[BaseTrainingStrategy], folder: Path = Path()) -> s
         )
     others = knobs()
     STRATEGIES[name] = kind
-    for knob, mine in own_knobs(name).items():
+    try:
+        mine_all = own_knobs(name)
+    except Exception as problem:  # hints that cannot be resolved, say
+        del STRATEGIES[name]
+        raise ConfigError(
+            _("{word}: its constructor cannot be read ({problem})").format(word=word, problem=problem)
+        ) from problem
+    for knob, mine in mine_all.items():
         theirs = others.get(knob)
         if theirs is not None and theirs.kind is not mine.kind:
             del STRATEGIES[name]

@@ -65,7 +65,7 @@ class Outcome:
 
     @property
     def best(self) -> str:
-        """The arm with the lowest mean test perplexity, whatever it cost.
+        """The arm with the lowest mean test perplexity, whatever it cost, of those that failed with no seed.
 
         Whether that is more than chance says ``conclusion``.
 
@@ -78,7 +78,11 @@ class Outcome:
                     folder=self.folder, count=len(self.cells)
                 )
             )
-        found = {arm.name: arm.values(lambda result: result.test_ppl) for arm in self.cells[0].arms}
+        found = {
+            arm.name: arm.values(lambda result: result.test_ppl)
+            for arm in self.cells[0].arms
+            if not arm.failures
+        }
         means = {name: statistics.fmean(values) for name, values in found.items() if values}
         if not means:
             raise RunError(_("no arm of {folder} has a finite test perplexity").format(folder=self.folder))

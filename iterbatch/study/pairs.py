@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from iterbatch.bench.arm import Arm
 from iterbatch.config import BenchConfig
+from iterbatch.errors import RunError
 from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.records.read import failure_of
@@ -139,7 +140,14 @@ def run_pairs(pairs: Sequence[Pair], engine: Engine) -> list[CellScores]:
         Stopped: where it was asked to stop.
     """
     engine.train(pairs)
-    return page.write(pairs[0].run_dir) if is_main() else []
+    if not is_main():
+        return []
+    run_dir = pairs[0].run_dir
+    try:
+        return page.write(run_dir)
+    except RunError:  # every pair failed, perhaps: no page may go on waiting
+        (run_dir / layout.REPORT).unlink(missing_ok=True)
+        raise
 
 
 def report_progress(pair: Pair) -> None:

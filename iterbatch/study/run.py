@@ -43,6 +43,7 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
         if is_main():
             keep(study, run_dir)
         run_pairs(pairs_of(study, run_dir), engine)
+    from_main(None)  # no process goes on before everything is written
     return run_dir
 
 

@@ -9,6 +9,9 @@ import pytest
 from support.studies import study_file
 
 from iterbatch.cli.main import main
+from iterbatch.report.answers import conclusion, over_all
+from iterbatch.report.comparison import Comparison, read_cells
+from iterbatch.report.stats import Interval
 from iterbatch.report.tables import tex
 from iterbatch.report.wording import markdown, p_words
 
@@ -120,13 +123,57 @@ def test_several_runs_side_by_side(copies, capsys):
     assert "## flops" in text
     assert "## epochs" in text
     pictures = re.findall(r"!\[.*?\]\((.+?)\)", text)
-    assert any(link.startswith("../epochs/figures/") for link in pictures)
+    assert {link.rsplit("/", 1)[0] for link in pictures} == {"figures/c1", "figures/c2"}
     for link in pictures + re.findall(r'href="([^"#]+)"', page):
         assert (out / link).exists(), link
     assert len(set(re.findall(r'id="([^"]+)"', page))) == len(re.findall(r'id="([^"]+)"', page))
     rows = _text(out, "metrics.csv").splitlines()
     assert [sum(row.startswith(f"{name},") for row in rows) for name in ("flops", "epochs")] == [9, 9]
     assert main(["report", str(copies / "flops"), str(copies / "epochs")]) == 0  # again, over the same
+
+
+def test_runs_of_one_name_are_told_apart_and_stay_as_they_are(copies, tmp_path):
+    (tmp_path / "old").mkdir()
+    shutil.copytree(copies / "flops", tmp_path / "old/flops")
+    for run in (copies / "flops", tmp_path / "old/flops"):
+        shutil.rmtree(run / "figures")
+    assert (
+        main(["report", str(copies / "flops"), str(tmp_path / "old/flops"), "--out", str(tmp_path / "both")])
+        == 0
+    )
+    text = _text(tmp_path / "both", "report.md")
+    assert "## flops (1)" in text
+    assert "## flops (2)" in text
+    assert not (copies / "flops/figures").exists()
+    for link in re.findall(r"!\[.*?\]\((.+?)\)", text):
+        assert (tmp_path / "both" / link).is_file(), link
+
+
+def test_a_significant_arm_is_not_hidden_by_a_lower_one_of_chance(made):
+    (cell,) = read_cells(made / "flops")
+    found = [
+        Comparison(arm, "baseline", [0, 1], Interval(at, low, high, p, "t"), at, at, 0.1, 0.6, p_adjusted=p)
+        for arm, at, low, high, p in (
+            ("noisy", -0.02, -0.06, 0.02, 0.3),
+            ("sure", -0.015, -0.02, -0.01, 0.001),
+            ("same", 0.0, 0.0, 0.0, 1.0),
+        )
+    ]
+    cell.__dict__["against_baseline"] = found
+    assert "sure ended with 1.5% lower test perplexity" in conclusion(cell)
+    cell.__dict__["against_baseline"] = found[:1]
+    assert "no arm beat the baseline beyond chance: the nearest, noisy" in conclusion(cell)
+    cell.__dict__["against_baseline"] = found[2:]
+    assert conclusion(cell).endswith("same trained as the baseline did, to the last digit.")
+
+
+def test_an_unfinished_study_of_several_cells_has_no_verdict(made):
+    (cell,) = read_cells(made / "flops")
+    assert over_all({"a": cell, "b": cell}).startswith("In none of 2") or "beyond chance" in over_all(
+        {"a": cell}
+    )
+    cell.open = [("abr", 5)]
+    assert over_all({"a": cell, "b": cell}) == ""
 
 
 def test_side_by_side_writes_into_no_folder_of_something_else(copies, capsys):

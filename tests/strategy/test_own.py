@@ -1,5 +1,6 @@
 """Strategies of one's own: found by file, by class and by package, with their knobs, everywhere."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from iterbatch.cli.main import main
 from iterbatch.errors import ConfigError
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.strategy import REGISTERED, STRATEGIES, knobs, make_strategy, own, register
+from iterbatch.study.study_folder import from_folder
 
 CODE = '''
 import iterbatch
@@ -178,6 +180,44 @@ def test_nothing_of_a_run_names_code(file, tiny, tmp_path):
     with pytest.raises(ConfigError, match="unknown strategy 'Other'"):
         make_config(**tiny, strategies=["baseline", "Other"])
     assert Path(own.SOURCES["TwiceWhenHard"].words.rpartition(":")[0]) == file
+
+
+@pytest.mark.parametrize("place", ["settings of a cell", "an arm", "a strategy of an arm"])
+def test_a_study_in_a_folder_runs_no_code(tmp_path, tiny, place):
+    """One that somebody else has made, say."""
+    (tmp_path / "evil.py").write_text(
+        CODE + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n", encoding="utf-8"
+    )
+    word = f"{tmp_path / 'evil.py'}:TwiceWhenHard"
+    config = make_config(**tiny, strategies=["baseline"]).flat()
+    config = json.loads(json.dumps(config, default=str))
+    arms = {"baseline": {}}
+    if place == "settings of a cell":
+        config["strategies"] = [word]
+    elif place == "an arm":
+        arms["baseline"] = {"strategies": [word]}
+    else:
+        arms["mine"] = {"strategy": word}
+    study = {"name": "s", "cells": {"": {"config": config, "arms": arms}}}
+    (tmp_path / "study.json").write_text(json.dumps(study), encoding="utf-8")
+    with contextlib.suppress(ConfigError):
+        from_folder(tmp_path)
+    assert main(["report", str(tmp_path)]) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_hints_that_cannot_be_resolved_are_said_and_leave_the_others_whole(tmp_path):
+    code = "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nimport iterbatch\n\n"
+    code += (
+        "if TYPE_CHECKING:\n    from nowhere import Kind\n\n\nclass Odd(iterbatch.BaseTrainingStrategy):\n"
+    )
+    code += "    def __init__(self, kind: Kind = None):\n        pass\n\n"
+    code += "    def repeats(self, initial_loss):\n        return 1\n"
+    (tmp_path / "odd.py").write_text(code, encoding="utf-8")
+    with pytest.raises(ConfigError, match="its constructor cannot be read"):
+        register(f"{tmp_path / 'odd.py'}:Odd")
+    assert "Odd" not in STRATEGIES
+    assert "max_repeats" in knobs()
 
 
 @pytest.mark.slow

@@ -110,12 +110,12 @@ def test_pages_take_no_time_from_the_clock_and_change_nothing(tiny, tmp_path, at
 def test_an_estimate_follows_the_pace(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("iterbatch.records.course.time.monotonic", lambda: now[0])
-    pace = Pace([1.0, 1.0, 0.5])
-    assert pace.left(1.0) is None  # one had ended before
+    pace = Pace()
+    assert pace.left(0.0, 1.5) is None
     now[0] += 30
-    assert pace.left(1.5) == pytest.approx(60.0)
+    assert pace.left(0.5, 1.0) == pytest.approx(60.0)
     now[0] += 60
-    assert pace.left(2.5) == 0.0
+    assert pace.left(1.5, 0.0) == 0.0
     assert [about(seconds) for seconds in (0.2, 89, 600, 7200, 4 * 86400)] == [
         "1 s",
         "89 s",

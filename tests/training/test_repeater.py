@@ -321,3 +321,85 @@ def test_labels_move_to_what_predicts_them():
     made = as_micro_batch({"input_ids": ids, "labels": torch.tensor([[-100, 6, 7, 8]])})
     assert made.labels.tolist() == [[6, 7, 8, -100]]
     assert made.label_tokens == 3
+
+
+def test_a_dataloaders_batch_is_one_batch():
+    """Its tensors come as a list."""
+    from torch.utils.data import DataLoader, TensorDataset
+
+    xs, ys = (torch.cat(each) for each in zip(*_points(), strict=True))
+    weights = []
+    for loader in (DataLoader(TensorDataset(xs, ys), batch_size=8), _points()):
+        model = _Line()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        repeater = iterbatch.Repeater(model, optimizer, "fixed", loss=_squares)
+        for batch in loader:
+            repeater(batch)
+        weights.append([each.detach().clone() for each in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
+
+
+def test_repeats_within_autocast_see_the_new_weights():
+    model = _Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    repeater = iterbatch.Repeater(model, optimizer, "fixed", loss=_squares, max_repeats=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = repeater(_points(1)[0]).losses
+    assert len(set(losses)) == 3
+
+
+def test_labels_that_are_no_tokens_weigh_alike():
+    model = _Line()
+
+    def loss(model, batch):
+        return nn.functional.mse_loss(model(batch["x"]), batch["labels"])
+
+    repeater = iterbatch.Repeater(model, torch.optim.SGD(model.parameters(), lr=0.1), "fixed", loss=loss)
+    before = [each.detach().clone() for each in model.parameters()]
+    record = repeater([{"x": x, "labels": y} for x, y in _points(2)])
+    assert record.initial_loss > 0
+    assert not all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+
+
+def test_a_batch_without_a_label_is_refused_and_a_micro_batch_without_one_counts_nothing(llama):
+    model = llama()
+    repeater = iterbatch.Repeater(model, make_optimizer(model, LR, 0.0), "fixed")
+    batch, other = _batches()[:2]
+    silent = {"input_ids": other["input_ids"], "labels": torch.full_like(other["labels"], -100)}
+    with pytest.raises(ConfigError, match="no label"):
+        repeater(silent)
+    losses = []
+    for reuse in (True, False):
+        model = llama()
+        repeater = iterbatch.Repeater(model, make_optimizer(model, LR, 0.0), "fixed", reuse=reuse)
+        losses.append(repeater([batch, silent]).losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_modules_keep_their_modes(llama, reuse):
+    model = llama(dropout=0.1)
+    batches = _batches()
+    frozen = model.get_base_model().model.layers[1].mlp.eval()
+    knobs = {"probe": batches[:2], "probe_rate": 1.0, "probe_budget": 1.0}
+    repeater = iterbatch.Repeater(model, make_optimizer(model, LR, 0.0), "learnable", reuse=reuse, **knobs)
+    frozen.eval()
+    for batch in batches[2:]:
+        repeater(batch)
+    assert not frozen.training
+    assert model.get_base_model().model.layers[1].training
+
+
+def test_accelerates_own_accumulation_is_refused():
+    from accelerate import Accelerator
+
+    model = _Line()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps"):
+        iterbatch.Repeater(model, optimizer, "fixed", loss=_squares, accelerator=accelerator)
+
+
+def test_an_attention_that_needs_a_mask_is_taken_whole(tiny_folder):
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager")
+    assert not has_frozen_prefix(attach_adapter(base, "float32", ModelConfig(), [1]))

@@ -75,6 +75,7 @@ class Watched(Listener):
 
     def __init__(self, listener: Listener, pairs: Sequence[Pair], live: Live) -> None:
         self._listener, self._pairs, self._live = listener, pairs, live
+        self.estimates = listener.estimates
         self._running, self._told = Running("", Path()), 0.0
 
     def note(self, message: str) -> None:

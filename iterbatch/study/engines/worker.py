@@ -154,7 +154,8 @@ class Teller(Listener):
     def _tell(self, fraction: float = 0.0, loss: float | None = None, doing: str = "") -> None:
         self._told = time.monotonic()
         told = {"fraction": fraction, "loss": finite(loss), "doing": doing}
-        write_json(claim_file(self._pair), asdict(self._claim) | told)
+        with contextlib.suppress(OSError):  # another process may be reading it; the next word will do
+            write_json(claim_file(self._pair), asdict(self._claim) | told)
 
 
 def _fail(pair: Pair, problem: Exception) -> None:
@@ -162,6 +163,12 @@ def _fail(pair: Pair, problem: Exception) -> None:
     traceback.print_exception(problem)
     known = isinstance(problem, UserError)
     pair.fail(" ".join(str(problem).split()) if known else f"{type(problem).__name__}: {problem}")
+
+
+def _forget(pair: Pair) -> None:
+    """Delete the claim of a pair that is done with; one that is left says nothing of what has ended."""
+    with contextlib.suppress(PermissionError):  # Windows deletes no file that another process is reading
+        claim_file(pair).unlink(missing_ok=True)
 
 
 def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
@@ -189,7 +196,7 @@ def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
                     pair.fail(_("it is made from {name}, which failed").format(name=source.name))
                     continue
                 write_json(claim_file(pair), asdict(Claim.of(os.getpid())))
-                held.callback(claim_file(pair).unlink, missing_ok=True)
+                held.callback(_forget, pair)
                 yield pair
                 break  # from the first pair again: what it waited for may be there now
         else:
