@@ -17,7 +17,7 @@ from iterbatch.records.scheduler import read_schedulers
 from iterbatch.settings import Settings
 from iterbatch.strategy import REFERENCE, STRATEGIES, knobs, needs_source, register, source_of
 from iterbatch.strategy.base import AT_ONCE, OTHER_PASSES, PROBE_TEXT
-from iterbatch.strategy.own import BROKEN, is_named
+from iterbatch.strategy.own import BROKEN, is_named, why_broken
 from iterbatch.strategy.scheduler import probes_of
 
 GROUPS: dict[str, Any] = {each.name: each.default_factory for each in dataclasses.fields(BenchConfig)}
@@ -218,7 +218,7 @@ def _scheduler_problems(config: BenchConfig) -> list[str]:
 def unknown_strategy(name: str, where: str = "") -> str:
     """What to say of a strategy that the registry has not."""
     near = did_you_mean(name, STRATEGIES)
-    broken = _("; of a package, {broken}").format(broken=BROKEN[name]) if name in BROKEN else ""
+    broken = _("; of a package, {broken}").format(broken=why_broken(name)) if name in BROKEN else ""
     choice = _("choose from {names}, or name a class of your own as FILE.py:CLASS").format(
         names=", ".join(STRATEGIES)
     )

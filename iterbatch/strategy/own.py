@@ -38,7 +38,8 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {}  # of the classes that were taken among the strategies, by name
-BROKEN: dict[str, str] = {}  # names that packages offer, and why they cannot be used
+# Names that packages offer in vain: what the package says, and the problem; None where the name is taken.
+BROKEN: dict[str, tuple[str, str | None]] = {}
 
 
 def is_named(word: str) -> bool:
@@ -118,14 +119,18 @@ def from_packages(known: Iterable[str]) -> dict[str, type[BaseTrainingStrategy]]
     found: dict[str, type[BaseTrainingStrategy]] = {}
     for entry in metadata.entry_points(group=GROUP):
         if entry.name in known:
-            BROKEN[entry.name] = _("the package's '{value}' has the name of another strategy").format(
-                value=entry.value
-            )
+            BROKEN[entry.name] = (entry.value, None)
             continue
         try:
             found[entry.name] = checked(entry.value, entry.load())
         except Exception as problem:  # whatever a package raises
-            BROKEN[entry.name] = _("'{value}' cannot be used: {problem}").format(
-                value=entry.value, problem=first_line(problem)
-            )
+            BROKEN[entry.name] = (entry.value, first_line(problem))
     return found
+
+
+def why_broken(name: str) -> str:
+    """Why the strategy that a package offers under this name cannot be used."""
+    value, problem = BROKEN[name]
+    if problem is None:
+        return _("the package's '{value}' has the name of another strategy").format(value=value)
+    return _("'{value}' cannot be used: {problem}").format(value=value, problem=problem)

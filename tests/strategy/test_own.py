@@ -171,6 +171,8 @@ def test_packages_offer_strategies_by_entry_points(file, tmp_path, monkeypatch):
     assert [*found] == ["twice"]
     assert found["twice"].__name__ == "TwiceWhenHard"
     assert {*own.BROKEN} == {"abr", "lost"}
+    assert own.why_broken("abr") == "the package's 'mine:TwiceWhenHard' has the name of another strategy"
+    assert "'nowhere:X' cannot be used: No module named" in own.why_broken("lost")
     sys.modules.pop("mine", None)
 
 
