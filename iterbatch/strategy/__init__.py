@@ -247,7 +247,8 @@ def make_strategy(name: str, knobs: Mapping[str, Any], seed: int, source: Any = 
     given = {**knobs, "seed": seed, "source": source}
     taken = [each for each in inspect.signature(kind).parameters if given.get(each) is not None]
     made = kind(**{each: given[each] for each in taken})
+    own_ones = own_knobs(name)  # spaced has no placement to choose
     for each in knobs_of(BaseTrainingStrategy):  # a constructor of one's own need not take them
-        if each not in taken and given.get(each) is not None:
+        if each in own_ones and each not in taken and given.get(each) is not None:
             setattr(made, each, given[each])
     return made

@@ -442,3 +442,7 @@ def test_selective_trains_high_losses_more_often():
     done = np.array([record.repeats_done for record in records])
     assert np.corrcoef(losses, done)[0, 1] > 0.4
     assert done.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_spaced_is_spaced_whatever_the_placement_of_others():
+    assert make_strategy("spaced", {"placement": "at_once", "gap": 3}, 0).placing.gap == 3
