@@ -63,7 +63,7 @@ def draw(cell: CellScores, folder: Path) -> list[Drawing]:
     return drawings
 
 
-def draw_so_far(curves: Sequence[tuple[str, Sequence[EvalRecord]]], folder: Path) -> Drawing | None:
+def draw_so_far(curves: Sequence[tuple[str, Sequence[EvalRecord]]]) -> Drawing | None:
     """Validation perplexity against FLOPs of runs that may not have ended; None where there is none yet."""
     from matplotlib.ticker import EngFormatter
 
@@ -86,7 +86,7 @@ def draw_so_far(curves: Sequence[tuple[str, Sequence[EvalRecord]]], folder: Path
         "so_far",
         title,
         in_figure("A line a run; those in training end where they stand."),
-        _keep(figure, folder, "so_far"),
+        _svg(figure, "so_far"),
     )
 
 
@@ -133,14 +133,19 @@ def _empty_figure(title: str) -> tuple[Figure, Axes]:
 
 
 def _keep(figure: Figure, folder: Path, name: str) -> str:
-    """Write PDF and PNG, and give the SVG as part of a page: its own ids, the page's text colour."""
-    import matplotlib as mpl
-
+    """Write PDF and PNG, and give the SVG."""
     for kind in ("pdf", "png"):
         with whole_or_not(folder / f"{name}.{kind}") as scratch:
             figure.savefig(
                 scratch, format=kind, metadata={"CreationDate": None} if kind == "pdf" else {"Software": None}
             )
+    return _svg(figure, name)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """As part of a page: its own ids, the page's text colour."""
+    import matplotlib as mpl
+
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -101,6 +101,4 @@ def _drawn(run_dir: Path, cells: dict[str, CellScores], course: Course) -> figur
     curves = [
         (label, [each for each in records if each.fraction > 0]) for label, records in [*ended, *running]
     ]
-    return figures.draw_so_far(
-        [(label, records) for label, records in curves if records], run_dir / layout.FIGURES
-    )
+    return figures.draw_so_far([(label, records) for label, records in curves if records])

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -105,11 +106,17 @@ class OwnKnob:
 
 def knobs() -> dict[str, SharedKnob]:
     """The knobs of all strategies, by name."""
+    return dict(_all_knobs(tuple(STRATEGIES.items())))
+
+
+@cache
+def _all_knobs(strategies: tuple[tuple[str, type[BaseTrainingStrategy]], ...]) -> dict[str, SharedKnob]:
+    """Read off the classes once: they are asked for at every setting that is checked."""
     owners: dict[str, list[str]] = {}
-    for strategy in STRATEGIES:
+    for strategy, _kind in strategies:
         for name in own_knobs(strategy):
             owners.setdefault(name, []).append(strategy)
-    return {name: _shared(name, strategies) for name, strategies in owners.items()}
+    return {name: _shared(name, each) for name, each in owners.items()}
 
 
 def own_knobs(strategy: str) -> dict[str, OwnKnob]:
@@ -117,7 +124,11 @@ def own_knobs(strategy: str) -> dict[str, OwnKnob]:
 
     Those it declares, and else the typed arguments of its constructor, told by its docstring.
     """
-    kind = STRATEGIES[strategy]
+    return dict(_knobs_of(strategy, STRATEGIES[strategy]))
+
+
+@cache
+def _knobs_of(strategy: str, kind: type[BaseTrainingStrategy]) -> dict[str, OwnKnob]:
     arguments, of_all, declared = (
         inspect.signature(kind).parameters,
         knobs_of(BaseTrainingStrategy),

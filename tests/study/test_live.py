@@ -65,6 +65,7 @@ def test_the_page_grows_with_the_run(tiny, tmp_path, at_every_batch):
     assert REFRESH not in done
     assert "Still in training" not in done
     assert "Unfinished" not in done
+    assert not [*run_dir.rglob("so_far*")]
 
 
 class Interrupts(Pages):
