@@ -24,9 +24,11 @@ IN_BOTH = [
 # What a block is run with besides, so that it takes seconds.
 SMALL = [
     "--max_train_tokens",
-    "4096",
+    "2048",
+    "--max_length",
+    "128",
     "--max_eval_tokens",
-    "600",
+    "400",
     "--prompts",
     "1",
     "--evals",
@@ -83,7 +85,7 @@ def _quick(words):
     """The command with a short text, or a short measurement."""
     more = {
         "train": SMALL,
-        "compare": SMALL,
+        "compare": [*SMALL, "--seeds", "0", "1"],
         "price": ["--seconds", "1", "--batch_size", "1", "--max_length", "16"],
     }
     more |= {"generate": ["--new_tokens", "5"]}
