@@ -19,7 +19,7 @@ from iterbatch.config import (
     StrategyConfig,
     TrainingConfig,
 )
-from iterbatch.errors import ConfigError, did_you_mean, first_line
+from iterbatch.errors import ConfigError, did_you_mean, first_line, typed
 from iterbatch.language import N_, _
 from iterbatch.plain_yaml import read_yaml
 from iterbatch.records.layout import CONFIG
@@ -156,10 +156,11 @@ def values_set(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, is_pair, value = pair.partition("=")
         if not is_pair or name not in known:
-            near = did_you_mean(name, known)
+            if not is_pair:
+                raise ConfigError(_("--set {pair}: write NAME=VALUE").format(pair=pair))
             raise ConfigError(
-                _("--set {pair}: write NAME=VALUE; no strategy has a knob '{name}'{near}").format(
-                    pair=pair, name=name, near=near
+                _("--set {pair}: no strategy has a knob '{name}'{near}").format(
+                    pair=pair, name=name, near=did_you_mean(name, known)
                 )
             )
         kind: Any = known[name].kind
@@ -189,7 +190,9 @@ def parse_config(words: Sequence[str]) -> BenchConfig:
         run_dir = resume_folder(flags.run.resume, flags.run.save_dir, flags.run.run_name)
     saved = file_words(file) if file is not None else []
     if file is None and run_dir is not None:
-        saved = settings_words(read_config(run_dir), run_dir / CONFIG)
+        content = read_config(run_dir)
+        _check_known(content, run_dir)
+        saved = settings_words(content, run_dir / CONFIG)
     if saved:
         default = parse(TrainFlags, saved, command="train")
         flags = parse(TrainFlags, words, command="train", default=default)
@@ -199,6 +202,24 @@ def parse_config(words: Sequence[str]) -> BenchConfig:
     config = flags.config()
     check_placement(config)
     return config
+
+
+def _check_known(content: Mapping[str, Any], run_dir: Path) -> None:
+    """See that strategies of one's own have been named: their code is not looked for in a run's folder.
+
+    Raises:
+        ConfigError: with the command that names them.
+    """
+    named = content.get("strategies")
+    names = [str(each) for each in named] if isinstance(named, list) else []
+    if missing := [name for name in names if name not in STRATEGIES]:
+        again = [name if name in STRATEGIES else f"FILE.py:{name}" for name in names]
+        command = typed("iterbatch", "train", "--resume", run_dir, "--strategies", *again)
+        raise ConfigError(
+            _("{folder} has strategies of your own, {names}; name their files again: {command}").format(
+                folder=run_dir, names=", ".join(missing), command=command
+            )
+        )
 
 
 def file_words(path: Path) -> list[str]:

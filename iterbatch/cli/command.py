@@ -10,6 +10,7 @@ from rich.text import Text
 
 from iterbatch.config import range_problems
 from iterbatch.errors import ConfigError
+from iterbatch.language import _
 from iterbatch.records import layout
 from iterbatch.report.answers import answer_line, answers, cautions, conclusion
 from iterbatch.report.comparison import CellScores
@@ -63,4 +64,4 @@ def print_answers(console: Console, cells: Sequence[CellScores], folder: Path) -
         console.print(Text(plain(conclusion(cell)), style="bold"))
         for each in (*map(answer_line, answers(cell)), *cautions(cell)):
             console.print(Text(f"- {plain(each)}"), soft_wrap=True)
-    console.print(Text(f"\nReport: {folder / layout.REPORT}"), soft_wrap=True)
+    console.print(Text("\n" + _("Report: {file}").format(file=folder / layout.REPORT)), soft_wrap=True)

@@ -29,11 +29,11 @@ class ListRuns:
 
     def execute(self, words: Words, console: Console) -> int:
         """Print a row a run."""
-        if not self.folder.is_dir():
+        if self.folder.exists() and not self.folder.is_dir():
             raise RunError(
                 _("{folder} is not a folder; give the one that --save_dir named").format(folder=self.folder)
             )
-        found = [each for each in self.folder.iterdir() if _is_run(each)]
+        found = [each for each in self.folder.iterdir() if _is_run(each)] if self.folder.is_dir() else []
         if not found:
             console.print(
                 Text(_("{folder} holds no run yet; `iterbatch train` makes one.").format(folder=self.folder))

@@ -32,6 +32,7 @@ from iterbatch.errors import ConfigError, UserError, did_you_mean
 from iterbatch.flags import StrategyFlags
 from iterbatch.language import LANGUAGES, N_, _, of_the_system, use
 from iterbatch.report.wording import plain
+from iterbatch.strategy.own import blame
 
 COMMANDS: dict[str, tuple[type[Command], str]] = {
     "train": (train.Train, N_("Train LLaMA + LoRA with every strategy and compare perplexity and cost.")),
@@ -115,8 +116,17 @@ def main(words: Sequence[str] | None = None) -> int:
         return exit_code(stopped)
     except UserError as problem:
         _complain(errors, str(problem))
+    except BrokenPipeError:  # of the help: whoever reads it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as problem:
         _complain(errors, f"{problem.filename or 'a file'}: {problem.strerror or problem}")
+    except Exception as problem:
+        where = blame(problem)
+        if not where:
+            raise
+        _complain(errors, where)
+        _complain(errors, _("What was trained before is kept. A strategy that is mended is another one."))
     return EXIT_BAD_INPUT
 
 

@@ -1,6 +1,7 @@
 """``iterbatch train``."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from iterbatch.report import summary
 from iterbatch.report.answers import cautions
 from iterbatch.report.comparison import CellScores, read_cells
 from iterbatch.report.wording import plain
+from iterbatch.strategy import own
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _train(config: BenchConfig, console: Console) -> int:
             run_dir = run(config, listener)
     except KeyboardInterrupt as stopped:
         if listener is not None:
-            _say_how_to_resume(console, listener.run_dir)
+            _say_how_to_resume(console, listener.run_dir, config.strategy.strategies)
         return exit_code(stopped)
     if listener is not None:
         print_result(console, read_cells(run_dir)[0], run_dir)
@@ -80,7 +82,7 @@ def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
         table.add_row(*(Text(plain(shown[column])) for column in chosen))
     console.print(table)
     if scored := summary.scored_words(cell):
-        console.print(Text(f"Scored: {scored}."))
+        console.print(Text(_("Scored: {scored}.").format(scored=scored)))
     for caution in cautions(cell):
         console.print(Text(plain(caution)))
     begin = _("begin with {report} or {summary_page}").format(
@@ -94,7 +96,7 @@ def print_result(console: Console, cell: CellScores, run_dir: Path) -> None:
         )
     )
     command = typed("iterbatch", "generate", run_dir, "--prompt", _prompt(cell))
-    console.print(Text(f"Next: {command}"), soft_wrap=True)
+    console.print(Text(_("Next: {command}").format(command=command)), soft_wrap=True)
 
 
 def _prompt(cell: CellScores) -> str:
@@ -103,15 +105,16 @@ def _prompt(cell: CellScores) -> str:
         for seed in arm.finished:
             with contextlib.suppress(UserError):
                 words = " ".join(read_samples(seed.folder).prompts[:1]).split()
+                words = [word for word in words if any(map(str.isalnum, word))]  # no rules and rows of dots
                 return " ".join(words[:6]) or "The"
     return "The"
 
 
-def _say_how_to_resume(console: Console, run_dir: Path | None) -> None:
+def _say_how_to_resume(console: Console, run_dir: Path | None, strategies: Sequence[str]) -> None:
     if run_dir is None:
         console.print(_("Interrupted before the run began."))
         return
     how = _("Interrupted. To resume where it stopped:\n  {typed}").format(
-        typed=typed("iterbatch", "train", "--resume", run_dir)
+        typed=typed("iterbatch", "train", "--resume", run_dir, *own.named_again(strategies))
     )
     console.print(Text(how), soft_wrap=True)

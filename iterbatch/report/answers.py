@@ -244,10 +244,17 @@ def _alike(cell: CellScores) -> list[str]:
 def _compute(cell: CellScores) -> list[str]:
     if not any(cell.compute_ratio(arm.name) >= 1.02 for arm in cell.compared):
         return []
+    if cell.unit == "flops":
+        return [
+            _(
+                "The arms' compute differs by some percent: a budget ends at the nearest pass, which is much "
+                "of a run of few batches."
+            )
+        ]
     said = _(
         "The arms spent different amounts of compute: a lower perplexity is no proof that repeating pays"
     )
-    advice = "" if cell.unit == "flops" else _("; with --match flops every arm costs what the baseline costs")
+    advice = _("; with --match flops every arm costs what the baseline costs")
     return [f"{said}{advice}."]
 
 

@@ -145,6 +145,10 @@ class ArmScores:
             if passes == 1
             else _("gave every batch {passes} passes alike").format(passes=passes)
         )
+        if passes > 1 and all((each.received == 1).all() for each in batches):
+            return _(
+                "{name} meant to give every batch {passes} passes, and the budget paid for no repeat."
+            ).format(name=self.name, passes=passes)
         saw = _("{name} {times}: their initial losses lay between {min:.2f} and {max:.2f}").format(
             name=self.name, times=times, min=losses.min(), max=losses.max()
         )

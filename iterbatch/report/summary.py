@@ -102,9 +102,15 @@ def _perplexity(values: Sequence[float]) -> str:
     return spread(values) if all(map(math.isfinite, values)) else _("not finite")
 
 
+SPLITS = {"validation": N_("validation"), "test": N_("test"), "train": N_("train")}
+
+
 def scored_words(cell: CellScores) -> str:
     """How much text the table rests on; empty where it is not known."""
-    return "; ".join(f"of {split} {text}" for split, text in cell.scored.items())
+    return _("; ").join(
+        _("of {split} {text}").format(split=_(SPLITS.get(split, split)), text=text)
+        for split, text in cell.scored.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,7 +132,7 @@ def _page(cell: CellScores, results: Sequence[ArmResult]) -> str:
         "",
     ]
     lines += [several, ""] if seeds > 1 else []
-    lines += [f"Scored: {scored}.", ""] if (scored := scored_words(cell)) else []
+    lines += [_("Scored: {scored}.").format(scored=scored), ""] if (scored := scored_words(cell)) else []
     lines += ["| " + " | ".join(map(_, COLUMNS)) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join([markdown(name), *cells]) + " |" for name, *cells in rows(cell)]
     lines += ["", *_troubles(results)]

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -40,6 +41,29 @@ class Source:
 SOURCES: dict[str, Source] = {}  # of the classes that were taken among the strategies, by name
 # Names that packages offer in vain: what the package says, and the problem; None where the name is taken.
 BROKEN: dict[str, tuple[str, str | None]] = {}
+
+
+def named_again(strategies: Iterable[str]) -> list[str]:
+    """The flag that names strategies as they were typed, where one is of one's own; nothing of a run does."""
+    names = list(strategies)
+    if not any(name in SOURCES for name in names):
+        return []
+    return ["--strategies", *(SOURCES[name].words if name in SOURCES else name for name in names)]
+
+
+def blame(problem: BaseException) -> str:
+    """Where a strategy of one's own went wrong, in a line; empty where none did."""
+    files, found = {str(source.file) for source in SOURCES.values()}, ""
+    for frame in traceback.extract_tb(problem.__traceback__):
+        if frame.filename in files:
+            found = _("{file}, line {line}, in {name}: {kind}: {problem}").format(
+                file=frame.filename,
+                line=frame.lineno,
+                name=frame.name,
+                kind=type(problem).__name__,
+                problem=first_line(problem),
+            )
+    return found
 
 
 def is_named(word: str) -> bool:

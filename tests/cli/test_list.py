@@ -1,9 +1,13 @@
 """``iterbatch list``, and the help of every command."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from iterbatch.checks import make_config
 from iterbatch.cli.main import COMMANDS, EXAMPLES, main
@@ -33,7 +37,10 @@ def test_a_row_a_run(tiny, tmp_path, capsys):
 def test_folders_without_runs(tmp_path, capsys):
     assert main(["list", str(tmp_path)]) == 0
     assert "holds no run yet" in capsys.readouterr().out
-    assert main(["list", str(tmp_path / "none")]) == 2
+    assert main(["list", str(tmp_path / "none")]) == 0
+    assert "holds no run yet" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert main(["list", str(tmp_path / "file")]) == 2
     assert "--save_dir" in capsys.readouterr().err
 
 
@@ -50,3 +57,12 @@ def test_help_has_examples_that_can_be_typed(name, capsys):
         assert (program, command) == ("iterbatch", name)
         for flag in (word for word in words if word.startswith("--")):
             assert re.search(rf"{flag}\b", text.replace(example, "")), flag
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are closed otherwise there")
+def test_a_reader_who_goes_away_is_no_error():
+    command = f"{sys.executable} -m iterbatch train --help | head -n 1"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
+    assert "usage" in done.stdout
+    assert done.stderr == ""

@@ -137,13 +137,41 @@ def test_trained_resumed_continued_and_changed(file, tiny, tmp_path, capsys):
     )
     capsys.readouterr()
     assert main(["train", "--resume", str(run_dir)]) == 2  # code runs only where the command line names it
-    assert "known when that is named: --strategies ... FILE.py:CLASS" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has strategies of your own, TwiceWhenHard; name their files again" in said
+    assert said.endswith("--strategies baseline FILE.py:TwiceWhenHard")
     (run_dir / "TwiceWhenHard/seed0/result.json").unlink()
     file.write_text(CODE + "# changed\n", encoding="utf-8")
     assert main(["train", "--resume", str(run_dir), *named]) == 2
     assert "the strategy TwiceWhenHard has SHA-256" in " ".join(capsys.readouterr().err.split())
+
+
+def test_who_is_interrupted_is_told_to_name_the_file_again(file, tiny, tmp_path, monkeypatch, capsys):
+    from iterbatch.study import run as doors
+
+    def interrupted(config, listener):
+        listener.run_dir = tmp_path / "run"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doors, "run", interrupted)
+    flags = flag_words(tiny | {"save_dir": tmp_path})
+    assert main(["train", *flags, "--strategies", "baseline", f"{file}:TwiceWhenHard"]) == 130
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith(f"train --resume {tmp_path / 'run'} --strategies baseline {file}:TwiceWhenHard")
+    assert main(["train", *flags, "--strategies", "baseline"]) == 130
+    assert capsys.readouterr().out.split()[-2:] == ["--resume", str(tmp_path / "run")]
+
+
+def test_a_mistake_in_a_strategy_is_said_with_its_line(file, tiny, tmp_path, capsys):
+    file.write_text(CODE.replace("self.cut and", "self.cutt and"), encoding="utf-8")
+    flags = flag_words(tiny | {"save_dir": tmp_path, "run_name": "run"})
+    assert main(["train", *flags, "--strategies", "baseline", f"{file}:TwiceWhenHard"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"{file}, line 15, in repeats: AttributeError: 'TwiceWhenHard' object has no attribute 'cutt'" in said
+    )
+    assert "What was trained before is kept" in said
+    assert (tmp_path / "run/baseline/seed0/result.json").is_file()
 
 
 @pytest.mark.slow
