@@ -242,14 +242,16 @@ def _alike(cell: CellScores) -> list[str]:
 
 
 def _compute(cell: CellScores) -> list[str]:
-    if not any(cell.compute_ratio(arm.name) >= 1.02 for arm in cell.compared):
+    more = [ratio for arm in cell.compared if (ratio := cell.compute_ratio(arm.name)) >= 1.02]
+    if not more:
         return []
     if cell.unit == "flops":
         return [
             _(
-                "The arms' compute differs by some percent: a budget ends at the nearest pass, which is much "
-                "of a run of few batches."
-            )
+                "The arms' compute differs, up to {most:.2f} times the baseline's: a budget ends at the "
+                "nearest pass, which is much of a run of few batches. A lower perplexity is no proof that "
+                "repeating pays."
+            ).format(most=max(more))
         ]
     said = _(
         "The arms spent different amounts of compute: a lower perplexity is no proof that repeating pays"

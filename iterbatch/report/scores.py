@@ -147,7 +147,8 @@ class ArmScores:
         )
         if passes > 1 and all((each.received == 1).all() for each in batches):
             return _(
-                "{name} meant to give every batch {passes} passes, and the budget paid for no repeat."
+                "{name} meant to give every batch {passes} passes, and made no repeat: the budget paid for "
+                "none, or none was due before it was spent."
             ).format(name=self.name, passes=passes)
         saw = _("{name} {times}: their initial losses lay between {min:.2f} and {max:.2f}").format(
             name=self.name, times=times, min=losses.min(), max=losses.max()

@@ -9,7 +9,7 @@ import pytest
 from support.studies import study_file
 
 from iterbatch.cli.main import main
-from iterbatch.report.answers import conclusion, over_all
+from iterbatch.report.answers import cautions, conclusion, over_all
 from iterbatch.report.comparison import Comparison, read_cells
 from iterbatch.report.stats import Interval
 from iterbatch.report.tables import tex
@@ -229,3 +229,21 @@ def test_the_table_for_latex(made):
     assert len({row.count("&") for row in rows}) == 1
     assert [row.split(" & ")[0] for row in rows] == ["arm", "baseline", "abr", "fixed2"]
     assert tex("a_b & 5% < $x$ \\input{y}") == r"a\_b \& 5\% $<$ \$x\$ \textbackslash{}input\{y\}"
+
+
+@pytest.mark.parametrize(
+    ("received", "said"),
+    [(2, "gave every batch 2 passes alike"), (1, "meant to give every batch 2 passes, and made no repeat")],
+)
+def test_repeats_that_were_meant_and_not_made_are_told_from_those_made(made, received, said):
+    arm = read_cells(made / "flops")[0].arm("abr")
+    for each in arm.finished:
+        each.batches.planned[:] = 2
+        each.batches.received[:] = received
+    assert said in arm.alike
+
+
+def test_compute_that_differs_at_equal_flops_is_said_with_how_much(made, monkeypatch):
+    cell = read_cells(made / "flops")[0]
+    monkeypatch.setattr(type(cell), "compute_ratio", lambda self, name: 1.07 if name == "abr" else 1.0)
+    assert any("up to 1.07 times the baseline's" in each for each in cautions(cell))
