@@ -16,27 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from iterbatch.data.batch import IGNORED, Batch, MicroBatch
-from iterbatch.errors import ConfigError, did_you_mean
+from iterbatch.errors import ConfigError
 from iterbatch.language import _
 from iterbatch.model.base import SUPPORTED
 from iterbatch.model.cut import CutModel
 from iterbatch.model.flops import flop_model
 from iterbatch.records.record import BatchRecord
 from iterbatch.reuse.prefix import PrefixSource
-from iterbatch.strategy import STRATEGIES, BaseTrainingStrategy, make_strategy, own_knobs, register
-from iterbatch.strategy.base import PROBE_TEXT
-from iterbatch.strategy.original import BaselineStrategy
+from iterbatch.strategy import BaseTrainingStrategy
+from iterbatch.strategy.for_loop import needs_no_more_than_passes, strategy_for_loop
 from iterbatch.training.budget import Allowance, Ledger
 from iterbatch.training.charges import Account
 from iterbatch.training.noise import GradientNoise
 from iterbatch.training.open_batch import OpenBatch
 from iterbatch.training.passes import Pass, Passes
 from iterbatch.training.step import Extras, StepSettings, TrainingStep
+from iterbatch.training.whole_step import UNLIMITED, WholeStep, Window, weights_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-UNLIMITED = 10**15  # passes
 KNOWN = {"input_ids", "labels", "attention_mask"}  # what a batch may hold where the prefix is reused
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -83,7 +82,7 @@ class Repeater:
         seed: int = 0,
         **knobs: Any,
     ) -> None:
-        self.strategy = _strategy(strategy, seed, knobs, probes=bool(probe))
+        self.strategy = strategy_for_loop(strategy, seed, knobs, probes=bool(probe))
         accelerator = accelerator or PlainAccelerator(model)
         _check_accelerator(accelerator)
         passes = UNLIMITED if budget is None else budget
@@ -92,14 +91,8 @@ class Repeater:
         alone = getattr(accelerator, "num_processes", 1) == 1
         self.reuses = reuse and loss is None and alone and has_frozen_prefix(model)
         self._batches = 0
-        plain = self.strategy.gives_k or isinstance(self.strategy, BaselineStrategy)
-        if not self.reuses and not plain:
-            name = type(self.strategy).__name__
-            raise ConfigError(
-                _("{name} does more than repeat; it needs a LLaMA with frozen lowest layers").format(
-                    name=name
-                )
-            )
+        if not self.reuses:
+            needs_no_more_than_passes(self.strategy)
         if self.reuses:
             self._step: Any = _cut_step(model, optimizer, accelerator, clip_norm, shared, probe)
         else:
@@ -140,7 +133,7 @@ class Repeater:
             if not batch.label_tokens:
                 raise ConfigError(_("the batch has no label to learn from; leave it out"))
         else:
-            batch = _Window(micro_batches, index)
+            batch = Window(micro_batches, index)
         self._step.begin()
         begun = time.perf_counter()
         record = self.strategy.train_batch(batch, self._step)
@@ -176,67 +169,6 @@ def _check_accelerator(accelerator: Any) -> None:
     if getattr(accelerator, "gradient_accumulation_steps", 1) != 1:
         raise ConfigError(
             _("Accelerate divides gradients by its gradient_accumulation_steps; give 1, and windows as lists")
-        )
-
-
-def _strategy(
-    given: str | type[BaseTrainingStrategy] | BaseTrainingStrategy,
-    seed: int,
-    knobs: dict[str, Any],
-    *,
-    probes: bool,
-) -> BaseTrainingStrategy:
-    if isinstance(given, BaseTrainingStrategy):
-        _check_needs(type(given), type(given).__name__, probes=probes)
-        if knobs:
-            raise ConfigError(
-                _("the strategy is made already; give {names} to its constructor").format(
-                    names=", ".join(knobs)
-                )
-            )
-        return given
-    name = register(given) if isinstance(given, type) or ":" in given else given
-    if name not in STRATEGIES:
-        raise ConfigError(
-            _("unknown strategy '{name}'{near}").format(name=name, near=did_you_mean(name, STRATEGIES))
-        )
-    kind, known = STRATEGIES[name], own_knobs(name)
-    for knob in knobs:
-        if knob not in known:
-            raise ConfigError(
-                _("'{name}' has no knob '{knob}'{near}; it has {names}").format(
-                    name=name, knob=knob, near=did_you_mean(knob, known), names=", ".join(known)
-                )
-            )
-    if problems := [line for knob, value in knobs.items() for line in known[knob].knob.problems(knob, value)]:
-        raise ConfigError("\n".join(problems))
-    _check_needs(kind, name, probes=probes)
-    return make_strategy(name, knobs, seed)
-
-
-def _check_needs(kind: type[BaseTrainingStrategy], name: str, *, probes: bool) -> None:
-    """See that a loop can give what a strategy needs.
-
-    Raises:
-        ConfigError: where it cannot.
-    """
-    if kind.made_from and kind.needs != PROBE_TEXT:
-        raise ConfigError(
-            _("'{name}' is made from another arm's records; compare it by `iterbatch compare`").format(
-                name=name
-            )
-        )
-    if kind.needs == PROBE_TEXT and not probes:
-        raise ConfigError(
-            _("'{name}' measures on batches that are never trained on; give some by probe=[...]").format(
-                name=name
-            )
-        )
-    if kind.needs not in ("", PROBE_TEXT):
-        raise ConfigError(
-            _("'{name}' needs {needs}, which a loop of one's own does not have").format(
-                name=name, needs=kind.needs
-            )
         )
 
 
@@ -426,28 +358,6 @@ def _cut_step(
 # Any model
 
 
-class _Window:
-    """The micro-batches of one update."""
-
-    def __init__(self, micro_batches: Sequence[Any], index: int) -> None:
-        self.micro_batches, self.index = list(micro_batches), index
-        self.weights = _weights(self.micro_batches)
-
-
-def _weights(micro_batches: Sequence[Any]) -> list[float]:
-    """Of each micro-batch in the loss: its label tokens where all are a language model's, else alike."""
-    count = len(micro_batches)
-    labels = [each.get("labels") if isinstance(each, Mapping) else None for each in micro_batches]
-    tokens = [
-        int((each[:, 1:] != IGNORED).sum())
-        for each in labels
-        if isinstance(each, Tensor) and each.ndim == 2 and each.shape[1] > 1 and not each.is_floating_point()
-    ]
-    if count == 1 or len(tokens) < count or not sum(tokens):
-        return [1 / count] * count
-    return [each / sum(tokens) for each in tokens]
-
-
 class _WholePasses(_UsersRate):
     """Passes through a whole model."""
 
@@ -458,12 +368,18 @@ class _WholePasses(_UsersRate):
         self.clip_norm, self._loss = clip_norm, loss
         self._parameters = [each for group in optimizer.param_groups for each in group["params"]]
 
-    def make(self, window: _Window) -> Pass:
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def make(self, window: Window) -> Pass:
         """One pass over a window, with its update."""
         torch.clear_autocast_cache()  # it would keep the weights of before the update
         total = torch.zeros((), device=self.accelerator.device)
         last = len(window.micro_batches) - 1
-        for place, (micro, weight) in enumerate(zip(window.micro_batches, window.weights, strict=True)):
+        weights = weights_of(window.micro_batches)
+        for place, (micro, weight) in enumerate(zip(window.micro_batches, weights, strict=True)):
             apart = contextlib.nullcontext() if place == last else self.accelerator.no_sync(self.model)
             with apart:
                 with self.accelerator.autocast():
@@ -491,95 +407,3 @@ class _WholePasses(_UsersRate):
         """Over processes, so that all of them decide alike."""
         several = self.accelerator.num_processes > 1
         return float(self.accelerator.reduce(value, "mean") if several else value)
-
-
-class WholeStep:
-    """``step`` over any model: see :class:`iterbatch.strategy.base.Step`.
-
-    A repeat costs what a fresh pass does.
-
-    Args:
-        passes: Makes them.
-        ledger: Counts them.
-        allowance: Of passes.
-        scheduler: Of the learning rate, or None.
-        probe: Batches that are never trained on.
-    """
-
-    price_ratio, probe_price = 1.0, 1 / 3  # a forward is about a third of a pass
-
-    def __init__(
-        self, passes: _WholePasses, ledger: Ledger, allowance: Allowance, scheduler: Any, probe: Sequence[Any]
-    ) -> None:
-        self.passes, self.ledger, self.allowance = passes, ledger, allowance
-        self._scheduler, self._probe, self._held = scheduler, probe, dict[int, _Window]()
-        self._window: _Window | None = None
-        self._first, self._rate, self._skipped = Pass(math.nan, math.nan), 0.0, 0
-        self._revisited: list[int] = []
-
-    def begin(self) -> None:
-        """A batch is about to begin."""
-        self._revisited, self._skipped = [], self.ledger.skipped_updates
-
-    def __call__(self, batch: Any) -> float:
-        """Fresh pass; returns the initial loss."""
-        self._window, self._rate = batch, self.passes.optimizer.param_groups[0]["lr"]
-        self._first = self._made(batch)
-        self.ledger.batches += 1
-        if self._scheduler is not None:
-            self._scheduler.step()
-        return self._first.loss
-
-    def again(self) -> float:
-        """A repeat; returns its loss before its update."""
-        assert self._window is not None
-        return self._made(self._window).loss
-
-    def affords_repeat(self) -> bool:
-        """Whether the budget has room for one more."""
-        return self.allowance.affords(self.ledger, 0.0, 0)
-
-    def probe(self, number: int) -> float:
-        """Loss of a batch that is never trained on."""
-        return self.passes.score(self._probe[number % len(self._probe)])
-
-    def hold(self) -> int:
-        """Keep the current batch for later."""
-        assert self._window is not None
-        self._held[self._window.index] = self._window
-        return self._window.index
-
-    def revisit(self, held: int) -> float:
-        """One pass on a held batch."""
-        self._revisited.append(held)
-        return self._made(self._held[held]).loss
-
-    def release(self, held: int) -> None:
-        """Let a held batch go."""
-        self._held.pop(held, None)
-
-    def record(self, losses: list[float], planned: int, done: int | None = None) -> BatchRecord:
-        """The record of the current batch; its FLOPs are not known."""
-        assert self._window is not None
-        return BatchRecord(
-            batch=self._window.index,
-            epoch=0,
-            initial_loss=losses[0],
-            losses=losses,
-            repeats_planned=planned,
-            repeats_done=len(losses) if done is None else done,
-            learning_rate=self._rate,
-            gradient_norm=self._first.gradient_norm,
-            tokens=0,
-            flops=0.0,
-            seconds=0.0,
-            skipped_updates=self.ledger.skipped_updates - self._skipped,
-            revisited=self._revisited,
-        )
-
-    def _made(self, window: _Window) -> Pass:
-        made = self.passes.make(window)
-        self.ledger.updates += made.finite
-        self.ledger.skipped_updates += not made.finite
-        self.ledger.nonfinite_losses += not math.isfinite(made.loss)
-        return made

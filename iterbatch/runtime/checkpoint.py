@@ -4,6 +4,7 @@ What lives here: how a state becomes a file and back, and when one is written. W
 the parts of a state are, which each part says by ``state_dict`` and ``load_state_dict``.
 """
 
+import base64
 import copy
 import hashlib
 import json
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from iterbatch.errors import RunError, first_line
@@ -89,6 +90,25 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "$float" in value:
         return float(value["$float"])
     return {unpack(key, tensors): unpack(item, tensors) for key, item in value["$items"]}
+
+
+def as_json(state: Any) -> dict[str, Any]:
+    """A state as plain JSON, its tensors as safetensors in base64: for a file that somebody else writes."""
+    tensors: dict[str, Tensor] = {}
+    packed = pack(state, tensors)
+    return {"state": packed, "tensors": base64.b64encode(save(tensors)).decode()}
+
+
+def from_json(content: Mapping[str, Any]) -> Any:
+    """The state that :func:`as_json` was given.
+
+    Raises:
+        ValueError: where it is damaged.
+    """
+    try:
+        return unpack(content["state"], load(base64.b64decode(content["tensors"])))
+    except (SafetensorError, KeyError, TypeError) as problem:
+        raise ValueError(str(problem)) from problem
 
 
 def write_state(path: Path, state: Any) -> None:
