@@ -16,6 +16,7 @@ __all__ = [
     "Repeater",
     "UserError",
     "compare",
+    "enable_prefix_reuse",
     "make_config",
     "run",
 ]
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from iterbatch.checks import make_config
     from iterbatch.errors import UserError
     from iterbatch.repeater import Repeater
+    from iterbatch.reuse.in_model import enable_prefix_reuse
     from iterbatch.strategy import STRATEGIES, BaseTrainingStrategy
     from iterbatch.study.outcome import Outcome
 
@@ -34,6 +36,7 @@ _HOMES = {
     "compare": "iterbatch.api",
     "Outcome": "iterbatch.study.outcome",
     "Repeater": "iterbatch.repeater",
+    "enable_prefix_reuse": "iterbatch.reuse.in_model",
     "Listener": "iterbatch.bench.listener",
     "make_config": "iterbatch.checks",
     "UserError": "iterbatch.errors",

@@ -27,7 +27,7 @@ from iterbatch.model.base import SUPPORTED
 
 CACHES = BATCH, EPOCH = "batch", "epoch"
 LOOKS_INSIDE = ("past_key_values", "output_hidden_states", "output_attentions")  # a forward that does
-NAME = "_iterbatch_prefix_reuse"  # the attribute of a model under which its reuse is found
+NAME = "_iterbatch_prefix_reuse"  # the attribute of a decoder under which its reuse is found
 
 
 def enable_prefix_reuse(
@@ -61,13 +61,14 @@ def enable_prefix_reuse(
     decoder, cut = _decoder_and_cut(model)
     kept: Kept = LastMicroBatches() if cache == BATCH else RowsOnDisk(folder, limit_gb)
     reuse = PrefixReuse(decoder, cut, kept, window)
-    object.__setattr__(model, NAME, reuse)  # past nn.Module, which would make it a part of the model
+    setattr(decoder, NAME, reuse)
     return reuse
 
 
 def reuse_of(model: Any) -> PrefixReuse | None:
     """The reuse that was enabled for a model, if any."""
-    return model.__dict__.get(NAME)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(getattr(causal, "model", None), NAME, None)
 
 
 def _decoder_and_cut(model: Any) -> tuple[Any, int]:
@@ -109,27 +110,27 @@ def _decoder_and_cut(model: Any) -> tuple[Any, int]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a micro-batch: what their activations depend on, and where their tokens stand."""
+    """The rows of a micro-batch, each up to its last token: padding behind it is seen by nothing."""
 
-    keys: list[bytes]  # digests of tokens, positions and precision
-    places: list[np.ndarray]  # of the tokens of each row; the rest is padding
+    keys: list[bytes]  # digests of what their activations depend on: tokens, mask, positions, precision
+    lengths: list[int]
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Rows:
         """From (rows, length) tensors as Transformers takes them; positions may have one row for all."""
-        tokens = ids.cpu().numpy()
-        every = np.arange(tokens.shape[1])
-        real = [every] * len(tokens) if mask is None else [np.flatnonzero(row) for row in mask.cpu().numpy()]
-        at = np.broadcast_to(every if positions is None else positions.cpu().numpy(), tokens.shape)
-        device = ids.device.type
-        precision = str(
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        ).encode()
+        tokens, count = ids.cpu().numpy(), ids.shape[1]
+        seen = np.ones_like(tokens) if mask is None else mask.cpu().numpy().astype(tokens.dtype)
+        at = np.broadcast_to(np.arange(count) if positions is None else positions.cpu().numpy(), tokens.shape)
+        lengths = [int(np.flatnonzero(row).max(initial=-1)) + 1 for row in seen]
+        kind = ids.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         keys = [
-            hashlib.blake2b(precision + tokens[row, places].tobytes() + at[row, places].tobytes()).digest()
-            for row, places in enumerate(real)
+            hashlib.blake2b(
+                b"".join([str(cast).encode(), *(each[row, :length].tobytes() for each in (tokens, seen, at))])
+            ).digest()
+            for row, length in enumerate(lengths)
         ]
-        return cls(keys, real)
+        return cls(keys, lengths)
 
 
 class Kept(Protocol):
@@ -180,24 +181,24 @@ class RowsOnDisk:
         self._dtype = torch.float32
 
     def get(self, rows: Rows, like: Tensor) -> Tensor | None:
-        """All rows, with nothing where there is padding."""
+        """All rows, with nothing where there is padding behind them."""
         if not all(key in self._at for key in rows.keys):
             return None
         found = torch.zeros(like.shape, dtype=self._dtype)
-        for row, (key, places) in enumerate(zip(rows.keys, rows.places, strict=True)):
+        for row, (key, length) in enumerate(zip(rows.keys, rows.lengths, strict=True)):
             start, size = self._at[key]
             self._file.seek(start)
             content = torch.frombuffer(bytearray(self._file.read(size)), dtype=self._dtype)
-            found[row, torch.from_numpy(places)] = content.view(len(places), -1)
+            found[row, :length] = content.view(length, -1)
         return found.to(like.device)
 
     def put(self, rows: Rows, hidden: Tensor, window: int) -> None:
         """Append those that are new, while there is room."""
         on_host, self._dtype = hidden.detach().to("cpu"), hidden.dtype
-        for row, (key, places) in enumerate(zip(rows.keys, rows.places, strict=True)):
+        for row, (key, length) in enumerate(zip(rows.keys, rows.lengths, strict=True)):
             if key in self._at:
                 continue
-            content = on_host[row, torch.from_numpy(places)].contiguous().view(torch.uint8).numpy()
+            content = on_host[row, :length].contiguous().view(torch.uint8).numpy()
             if self._end + content.nbytes > self._limit:
                 continue
             try:
@@ -246,6 +247,7 @@ class PrefixReuse:
         for layer in self._layers:
             del layer.forward  # the class's own again
         self._layers = []
+        delattr(self._decoder, NAME)
 
     def take_computed(self) -> list[tuple[int, int]]:
         """(rows, length) of the micro-batches that were computed since this was asked last."""
