@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from iterbatch.model.flops import FlopModel, Shape, flop_model
 from iterbatch.reuse.in_model import PrefixReuse, reuse_of
 from iterbatch.training.budget import Ledger
 from iterbatch.training.passes import Pass
-from iterbatch.training.whole_step import Window
+from iterbatch.training.whole_step import UnmeasuredPass, Window
 
 
 @dataclass(eq=False)
@@ -27,18 +26,6 @@ class TrainerWindow(Window):
     """A window, with the count that the Trainer divides its loss by."""
 
     items: Any = None
-
-
-@dataclass(frozen=True)
-class UnmeasuredPass(Pass):
-    """A pass of the Trainer's own, which keeps its gradient's norm to itself."""
-
-    gradient_norm: float = field(default=math.nan)
-
-    @property
-    def finite(self) -> bool:
-        """Whether its loss is."""
-        return math.isfinite(self.loss)
 
 
 class TrainerPasses:

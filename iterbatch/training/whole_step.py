@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -45,6 +45,18 @@ def weights_of(micro_batches: Sequence[Any]) -> list[float]:
     if count == 1 or len(tokens) < count or not sum(tokens):
         return [1 / count] * count
     return [each / sum(tokens) for each in tokens]
+
+
+@dataclass(frozen=True)
+class UnmeasuredPass(Pass):
+    """A pass of somebody else's loop, which keeps its gradient's norm to itself."""
+
+    gradient_norm: float = field(default=math.nan)
+
+    @property
+    def finite(self) -> bool:
+        """Whether its loss is."""
+        return math.isfinite(self.loss)
 
 
 class MakesPasses(Protocol):
