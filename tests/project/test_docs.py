@@ -133,6 +133,29 @@ def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["integrations.md", "integrations.zh.md"])
+def test_what_a_page_says_of_trainers_runs(name, tiny_folder, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    lora = LoraConfig(layers_to_transform=[1], target_modules=["q_proj"], task_type="CAUSAL_LM")
+    given = {
+        "__name__": "page",
+        "model": get_peft_model(base, lora),
+        "args": TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", save_strategy="no"),
+        "rows": [{"input_ids": list(range(9)), "labels": list(range(9))}] * 8,
+        "Tuned": type("Tuned", (lightning.LightningModule,), {}),
+    }
+    blocks = _blocks(DOCS / name, "python")
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, name, "exec"), given)
+
+
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     import nbformat
     from nbclient import NotebookClient

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "report": RECORDS | STRATEGY,
     "study": DOORS | {"bench", "report"},
     "repeater": REUSE | STRATEGY | {"reuse", "training"},
+    "integrations": REUSE | STRATEGY | {"reuse", "training"},
     "api": DOORS | {"bench", "cli", "study"},
     "cli": DOORS | {"bench", "evaluation", "report", "reuse", "study"},
 }
