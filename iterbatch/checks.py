@@ -105,6 +105,8 @@ def config_of(given: Mapping[str, Any]) -> BenchConfig:
             )
         value = tuple(value) if isinstance(value, list) else value
         value = Path(value) if name in PATHS and isinstance(value, str) else value
+        if name == "compile" and isinstance(value, bool):  # as earlier versions wrote it
+            value = "on" if value else "off"
         problems += type_problems(name, value, kinds[name])
         groups[known[name]][name] = value
     if problems:

@@ -27,6 +27,7 @@ LONGEST_JSON = 1 << 22  # bytes of a model's config.json
 ASSETS = Path(__file__).parent / "assets" / "base"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INITS: dict[str, Any] = {"default": True, "gaussian": "gaussian"}  # of adapters, as PEFT names them
+COMPILE = ("auto", "on", "off")
 AUTO, NONE = "auto", "none"  # of the trackers: tensorboard where it is installed; none at all
 TRACKERS = (
     AUTO,
@@ -463,13 +464,13 @@ class SpeedConfig:
         ),
     ] = 10.0
     compile: Annotated[
-        bool,
+        Literal["auto", "on", "off"],
         Knob(
             "Compile each decoder layer for the shape of a batch: faster passes after a cold start of some "
-            "ten "
-            "seconds to minutes."
+            "ten seconds to minutes. auto: where the planned passes are worth it and there is a compiler. "
+            "Alone, the flag means on."
         ),
-    ] = False
+    ] = "auto"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import tyro
 
 from iterbatch.checks import check, check_placement, settings, strategy_config, with_probe_text
 from iterbatch.config import (
+    COMPILE,
     BenchConfig,
     DataConfig,
     Knob,
@@ -129,12 +130,26 @@ def parse(kind: type[Flags], words: Sequence[str], *, command: str, default: Fla
         SystemExit: with code 2 for a flag that does not exist or a value of another type, 0 for ``--help``.
     """
     given: Any = {} if default is None else {"default": default}
-    flags = tyro.cli(kind, args=list(words), prog=f"iterbatch {command}", use_underscores=True, **given)
+    flags = tyro.cli(
+        kind, args=with_values(words), prog=f"iterbatch {command}", use_underscores=True, **given
+    )
     before: Any = () if default is None else default.strategy.set
     if before and flags.strategy.set != before:  # each of these is a setting of its own
         both: Any = (*before, *flags.strategy.set)
         return dataclasses.replace(flags, strategy=dataclasses.replace(flags.strategy, set=both))
     return flags
+
+
+def with_values(words: Sequence[str]) -> list[str]:
+    """Words in which ``--compile`` has a value: alone it means on, as it did when it was a switch."""
+    found = []
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        plain = word.replace("-", "_")
+        if plain == "__no_compile":
+            found += ["--compile", "off"]
+        else:
+            found += [word, "on"] if plain == "__compile" and following not in COMPILE else [word]
+    return found
 
 
 def named(words: Sequence[str]) -> list[str]:

@@ -63,7 +63,7 @@ class Settings(TypedDict, total=False):
     reuse: Literal["off", "batch", "epoch"]
     reuse_dtype: Literal["bfloat16", "float32"]
     reuse_limit_gb: float
-    compile: bool
+    compile: Literal["auto", "on", "off"]
     # Strategies and their knobs
     strategies: "Sequence[str | type[BaseTrainingStrategy]]"
     source: str | None

@@ -15,12 +15,12 @@ from iterbatch.bench.estimate import with_seconds
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan, Prepared, make_plan
 from iterbatch.data.data_loader import order_digest
-from iterbatch.errors import RunError
+from iterbatch.errors import ModelError, RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
 from iterbatch.evaluation.perplexity import Score, score
 from iterbatch.language import N_, _
 from iterbatch.model.base import PRECISION
-from iterbatch.model.compiled import Compiled, compiled
+from iterbatch.model.compiled import Compiled, compiled, worth_compiling
 from iterbatch.model.cut import CutModel
 from iterbatch.model.lora import reset_adapter
 from iterbatch.model.weights import load_model
@@ -28,10 +28,10 @@ from iterbatch.records import layout
 from iterbatch.records.machine import environment
 from iterbatch.records.origin import check_origin, origin_json, write_places
 from iterbatch.records.result import TextMetrics
-from iterbatch.records.write import write_json
+from iterbatch.records.write import read_json, write_json
 from iterbatch.reuse.run_stores import Reuse, open_reuse
 from iterbatch.runtime.interrupt import Interrupts
-from iterbatch.runtime.processes import make_accelerator
+from iterbatch.runtime.processes import from_main, make_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -178,24 +178,26 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
     # synchronised.
     placed = accelerator.prepare_model(CutModel(model))
     cut, shape = accelerator.unwrap_model(placed), (config.training.batch_size, config.max_length)
+    wanted = _compile_wanted(prepared, model, accelerator, run_dir)
     try:
         with (
-            compiled(placed, accelerator, shape)
-            if config.speed.compile
-            else contextlib.nullcontext() as compiled_for,
-            open_reuse(prepared.kept_texts, cut, accelerator.device, config.speed, listener.note) as reuse,
+            _compiled(placed, accelerator, shape, wanted, listener) as compiled_for,
+            open_reuse(
+                prepared.kept_texts,
+                cut,
+                accelerator.device,
+                dataclasses.replace(config.speed, compile="off" if compiled_for is None else "on"),
+                listener.note,
+            ) as reuse,
             Interrupts() as interrupts,
         ):
             cold_start = compiled_for.seconds if compiled_for is not None else 0.0
-            if cold_start:
-                listener.note(
-                    _("layers compiled in {cold_start:.0f} s, off every arm's clock").format(
-                        cold_start=cold_start
-                    )
-                )
             plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
             if accelerator.is_main_process and not (run_dir / layout.MANIFEST).exists():
-                content = {**_manifest(prepared, plan), "compile_seconds": cold_start}
+                content = _manifest(prepared, plan) | {
+                    "compiled": compiled_for is not None,
+                    "compile_seconds": cold_start,
+                }
                 write_places(run_dir, config.flat())
                 write_json(run_dir / layout.MANIFEST, content)
             if listener.estimates and accelerator.num_processes == 1:  # its passes would wait for the others
@@ -206,6 +208,45 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
         if not _out_of_memory(problem):
             raise
         raise RunError(_(OUT_OF_MEMORY)) from problem
+
+
+def _compile_wanted(prepared: Prepared, model: PeftModel, accelerator: Accelerator, run_dir: Path) -> str:
+    """``on``, ``off``, or ``auto`` where it is worth it: on, unless there is no compiler.
+
+    A run that is resumed goes on as it began: compiled passes differ from others in their last digits.
+    """
+    config = prepared.config
+    if config.speed.compile != "auto":
+        return config.speed.compile
+    before = from_main(read_json(run_dir / layout.MANIFEST) if accelerator.is_main_process else None)
+    if isinstance(before, dict):
+        return "on" if before.get("compiled", before.get("compile_seconds", 0.0) > 0) else "off"
+    arms = len(config.strategy.strategies) * len(config.training.seeds)
+    flops = arms * make_plan(prepared, model, accelerator.num_processes).flops
+    worth = worth_compiling(flops, prepared.base.layers, accelerator.device.type)
+    return "auto" if worth else "off"
+
+
+@contextlib.contextmanager
+def _compiled(
+    placed: nn.Module, accelerator: Accelerator, shape: tuple[int, int], wanted: str, listener: Listener
+) -> Iterator[Compiled | None]:
+    """Layers compiled, or not: of ``auto`` a machine without a compiler is no error."""
+    with contextlib.ExitStack() as entered:
+        made = None
+        try:
+            made = None if wanted == "off" else entered.enter_context(compiled(placed, accelerator, shape))
+        except ModelError as problem:
+            if wanted == "on":
+                raise
+            listener.note(_("layers are not compiled: {problem}").format(problem=problem))
+        if made is not None:
+            listener.note(
+                _("layers compiled in {cold_start:.0f} s, off every arm's clock").format(
+                    cold_start=made.seconds
+                )
+            )
+        yield made
 
 
 def _out_of_memory(problem: BaseException) -> bool:

@@ -29,7 +29,7 @@ from iterbatch.cli import (
 from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words, exit_code
 from iterbatch.config import BenchConfig, StrategyConfig
 from iterbatch.errors import ConfigError, UserError, did_you_mean
-from iterbatch.flags import StrategyFlags
+from iterbatch.flags import StrategyFlags, with_values
 from iterbatch.language import LANGUAGES, N_, _, of_the_system, use
 from iterbatch.report.wording import plain
 from iterbatch.strategy.own import blame
@@ -177,7 +177,11 @@ def _run(given: list[str], console: Console) -> int:
         kind.__doc__ = _(told)
     union: Any = Union[tuple(kinds)]  # noqa: UP007
     command = tyro.cli(
-        union, args=given or ["--help"], prog="iterbatch", description=_(DESCRIPTION), use_underscores=True
+        union,
+        args=with_values(given) or ["--help"],
+        prog="iterbatch",
+        description=_(DESCRIPTION),
+        use_underscores=True,
     )
     return command.execute(Words(given[0], given[1:]), console)
 

@@ -1,4 +1,7 @@
-"""``--compile``: each decoder layer compiled for the shapes of micro-batches that are asked for."""
+"""``--compile``: each decoder layer compiled for the shapes of micro-batches that are asked for.
+
+Whether it is worth it is decided by plain numbers, so that every process of a study decides alike.
+"""
 
 import time
 from collections.abc import Iterator
@@ -11,6 +14,19 @@ from iterbatch.data.batch import MicroBatch
 from iterbatch.errors import ModelError
 from iterbatch.language import _
 from iterbatch.model.attention import attending
+
+# What ``auto`` reckons with, by kind of device: seconds of cold start a layer, FLOPs a second of passes that
+# are not compiled, share of their time that is saved. CPU: measured (docs/performance.md); CUDA: cautious.
+RECKONED = {"cpu": (2.0, 2e11, 0.25), "cuda": (4.0, 1e14, 0.2)}
+MARGIN = 2.0  # what is saved must be this many times the cold start
+
+
+def worth_compiling(flops: float, layers: int, device: str) -> bool:
+    """Whether passes of this many FLOPs are worth the cold start; not on devices that are not known."""
+    if device not in RECKONED:
+        return False
+    cold_start, rate, saved = RECKONED[device]
+    return saved * flops / rate >= MARGIN * cold_start * layers
 
 
 class Compiled:
@@ -46,7 +62,7 @@ class Compiled:
             reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             raise ModelError(
                 _(
-                    "--compile does not work on this machine ({reason}); it needs a C++ compiler. Leave "
+                    "--compile on does not work on this machine ({reason}); it needs a C++ compiler. Leave "
                     "it out"
                 ).format(reason=reason)
             ) from problem
@@ -84,6 +100,11 @@ def compiled(placed: Any, accelerator: Any, shape: tuple[int, int]) -> Iterator[
         layer.compile(dynamic=False)
     made = Compiled(placed, accelerator)
     with attending(layers[0].self_attn.config):
-        made.warm(shape)
+        try:
+            made.warm(shape)
+        except ModelError:
+            for layer in layers:
+                layer._compiled_call_impl = None  # as it was before Module.compile()
+            raise
         with torch.compiler.set_stance("eager_on_recompile"):
             yield made

@@ -127,7 +127,7 @@ def _open_stores(
         "cut": model.cut,
         "dtype": speed.reuse_dtype,
         "computed_in": texts.computed_in,
-        "compiled": speed.compile,
+        "compiled": speed.compile == "on",
         "device": next(model.parameters()).device.type,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
     }

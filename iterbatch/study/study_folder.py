@@ -105,6 +105,7 @@ def _check_same(run_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> Non
         where = _("cell '{name}', ").format(name=name) if name else ""
         old, new = before["config"], cell["config"]
         settings = {key for key, value in new.items() if key not in RESUMABLE and old.get(key) != value}
+        settings -= {"compile"} if new.get("compile") == "auto" else set()  # it goes on as it began
         changed += [
             _("{where}{key} was {then}, now {new}").format(
                 where=where, key=key, then=old.get(key), new=new[key]
