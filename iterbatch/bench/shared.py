@@ -239,7 +239,7 @@ def _compiled(
         except ModelError as problem:
             if wanted == "on":
                 raise
-            listener.note(_("layers are not compiled: {problem}").format(problem=problem))
+            listener.note(str(problem))
         if made is not None:
             listener.note(
                 _("layers compiled in {cold_start:.0f} s, off every arm's clock").format(

@@ -62,8 +62,8 @@ class Compiled:
             reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             raise ModelError(
                 _(
-                    "--compile on does not work on this machine ({reason}); it needs a C++ compiler. Leave "
-                    "it out"
+                    "layers cannot be compiled on this machine ({reason}); that needs a C++ compiler. Give "
+                    "--compile off"
                 ).format(reason=reason)
             ) from problem
         self._known.add((shape, training))

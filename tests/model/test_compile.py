@@ -104,7 +104,7 @@ def test_without_a_compiler_the_flag_is_named(tiny, monkeypatch):
     with (
         pytest.raises(
             ModelError,
-            match=r"--compile on does not work on this machine \(no C\+\+ compiler was found\).*Leave it out",
+            match=r"cannot be compiled on this machine \(no C\+\+ compiler was found\).*--compile off",
         ),
         compiled(cut, accelerator, (1, 8)),
     ):
