@@ -3,6 +3,7 @@
 And the price of ABR's passes.
 
     python benchmarks/throughput.py --rounds 7 --passes 16
+    python benchmarks/throughput.py --rounds 3 --passes 4 --model smollm2 --only baseline best
 
 Same base, LoRA, batches (4 x 256) and learning rate. The variants take turns within each round, so
 that a machine whose speed drifts treats all alike; figures are medians over rounds and of ratios
@@ -147,10 +148,15 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=16, help="counted passes of each variant in a round")
     parser.add_argument("--repeats", type=int, default=3, help="passes a batch of the ABR variant")
     parser.add_argument("--scratch", type=Path, default=Path("results/throughput"))
+    parser.add_argument("--model", help="a folder in hub format; default: the bundled base")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="variants whose names hold one of these words"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
 
-    config: BenchConfig = make_config()
+    named = {} if arguments.model is None else {"model_name": arguments.model, "dtype": "bfloat16"}
+    config: BenchConfig = make_config(**named)
     base = load_base(config)
     corpus = read_corpus("pydocs")
     blocks = prepare_blocks(corpus.splits["train"], base.tokenizer, LENGTH, data_key=corpus.digest())
@@ -163,7 +169,9 @@ def main() -> None:
     flops = flop_model(mine)
     mine, fast = (accelerator.prepare_model(CutModel(model)) for model in (mine, fast))
     default_model = (
-        load_model(load_base(make_config(dtype="float32")), config.model).train().to(accelerator.device)
+        load_model(load_base(make_config(**named | {"dtype": "float32"})), config.model)
+        .train()
+        .to(accelerator.device)
     )
     defaults = {"use_cpu": accelerator.device.type == "cpu"}
     best = defaults | {"bf16": base.dtype == "bfloat16", "optim": "adamw_torch_fused"}
@@ -181,16 +189,33 @@ def main() -> None:
             ours(mine, flops, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r
         ),
     }
+    variants = {name: run for name, run in variants.items() if any(word in name for word in arguments.only)}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(arguments.rounds):
         names = list(variants) if index % 2 == 0 else list(variants)[::-1]
         for name in names:
             seconds[name].append(variants[name]())
     report(seconds, base.dtype, arguments.rounds, n)
-    print(
-        f"\nCold start of --compile: {COLD_STARTS[0]:.1f} s. Trainer's torch_compile starts within its "
-        "uncounted passes."
-    )
+    peak = matrix_peak(accelerator.device, base.dtype)
+    for name, each in seconds.items():
+        share = flops.fresh([(BATCH, LENGTH)]) / statistics.median(each) / peak
+        print(f"{name}: {share:.0%} of the matrix peak, {peak / 1e9:.0f} GFLOP/s")
+    if COLD_STARTS:
+        print(
+            f"\nCold start of --compile: {COLD_STARTS[0]:.1f} s. Trainer's torch_compile starts within its "
+            "uncounted passes."
+        )
+
+
+def matrix_peak(device, dtype: str) -> float:
+    """FLOPs a second of a large product of two matrices, the best of some."""
+    one, two = (torch.randn(2048, 2048, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        (one @ two).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
 
 
 def report(seconds: dict[str, list[float]], dtype: str, rounds: int, passes: int) -> None:
