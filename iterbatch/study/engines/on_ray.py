@@ -142,6 +142,10 @@ class Member:
         """Whether it may be given a pair."""
         return self.begun and self.pair is None
 
+    def where(self, fraction: float, loss: float | None, doing: str) -> Running | None:
+        """How far its pair is, as it has said."""
+        return self.pair and Running(self.pair.name, self.pair.folder, fraction, loss, doing)
+
 
 class Crew:
     """The workers that there are.
@@ -158,6 +162,11 @@ class Crew:
         options = {"num_cpus": each.cores, "num_gpus": each.gpus, "max_concurrency": CALLS}
         self._kind = ray.remote(RayWorker).options(**options, max_restarts=0, max_task_retries=0)
         self.members: list[Member] = []
+
+    @property
+    def training(self) -> list[Member]:
+        """Those that have a pair."""
+        return [member for member in self.members if member.pair is not None]
 
     def start(self, cell: str) -> None:
         """Start one for a cell; it is there when it has answered."""
@@ -182,14 +191,10 @@ class Crew:
 
     def look(self) -> None:
         """Ask those that train where they are, and note what they have said."""
-        for member in self.members:
-            if member.pair is None:
-                continue
+        for member in self.training:
             if member.asked is not None and self.ray.wait([member.asked], timeout=0)[0]:
                 with contextlib.suppress(self.ray.exceptions.RayError):
-                    member.running = Running(
-                        member.pair.name, member.pair.folder, *self.ray.get(member.asked)
-                    )
+                    member.running = member.where(*self.ray.get(member.asked))
                 member.asked = None
             if member.asked is None:
                 member.asked = member.actor.where.remote()
@@ -246,7 +251,7 @@ class Foreman:
             Stopped: where it was asked to stop; pairs in training have made their checkpoints.
         """
         try:
-            while left := [pair for pair in self.pairs if not pair.ended]:
+            while (left := [pair for pair in self.pairs if not pair.ended]) or self.crew.training:
                 if self.interrupts.requested is not None:
                     self._stop(self.interrupts.requested)
                 self._give(left)
@@ -278,7 +283,7 @@ class Foreman:
 
     def _open(self, left: Sequence[Pair]) -> list[Pair]:
         """Those that nobody trains here."""
-        here = {member.pair.name for member in self.crew.members if member.pair is not None}
+        here = {member.pair.name for member in self.crew.training if member.pair is not None}
         return [pair for pair in left if pair.name not in here]
 
     def _ready(self, pair: Pair) -> bool:
@@ -377,8 +382,7 @@ class Foreman:
         if time.monotonic() - self._looked >= TOLD_EVERY:
             self._looked = time.monotonic()
             self.crew.look()
-            training = [each.running for each in self.crew.members if each.pair is not None]
-            self.live.update([each for each in training if each is not None])
+            self.live.update([each.running for each in self.crew.training if each.running is not None])
 
     def _stop(self, signum: int) -> None:
         """Ask all workers to make a checkpoint and stop; wait for them.
@@ -389,7 +393,7 @@ class Foreman:
         until = time.monotonic() + GRACE
         for member in self.crew.members:
             member.actor.stop.remote(signum)
-        while any(each.pair is not None for each in self.crew.members) and time.monotonic() < until:
+        while self.crew.training and time.monotonic() < until:
             for member, answer in self.crew.answers(WAIT):
                 if member.pair is not None and not isinstance(answer, Exception):
                     self._trained(member, answer)
