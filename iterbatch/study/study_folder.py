@@ -6,6 +6,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from iterbatch import __version__
 from iterbatch.bench.arm import make_arm
 from iterbatch.checks import config_of
@@ -133,6 +135,7 @@ def begin(study: Study, run_dir: Path, *, overwrite: bool = False, keep_arms: bo
     """
     file, content = run_dir / layout.STUDY, as_json(study)
     if overwrite and file.exists():
+        _check_nobody_trains(run_dir)
         empty(run_dir)
     if file.exists():
         before = as_json(from_folder(run_dir))
@@ -152,6 +155,20 @@ def begin(study: Study, run_dir: Path, *, overwrite: bool = False, keep_arms: bo
     for cell in study.cells:
         write_text(run_dir / cell.name / layout.CONFIG, dump_yaml(cell.config.flat()))
         write_places(run_dir / cell.name, cell.config.flat())
+
+
+def _check_nobody_trains(run_dir: Path) -> None:
+    """See that no worker that has joined, from this machine or another, is training a pair."""
+    for file in sorted((run_dir / layout.WORKERS).glob("*.lock")):
+        try:
+            with FileLock(file, blocking=False):
+                continue
+        except Timeout as problem:
+            raise RunError(
+                _("{name} in {run_dir} is being trained; stop its worker before --overwrite").format(
+                    name=file.stem.replace("~", "/"), run_dir=run_dir
+                )
+            ) from problem
 
 
 def keep(study: Study, run_dir: Path) -> None:

@@ -26,6 +26,7 @@ from iterbatch.study.engines.claims import TRIES, Claim, claim_file
 from iterbatch.study.engines.cluster import Share
 from iterbatch.study.engines.on_ray import OnRay
 from iterbatch.study.engines.processes import Processes, end_orphans
+from iterbatch.study.engines.ray_worker import RayWorker
 from iterbatch.study.engines.worker import Joined, join, work
 from iterbatch.study.pairs import pairs_of
 from iterbatch.study.run import compare
@@ -171,6 +172,15 @@ def test_a_process_that_has_joined_is_no_orphan(begun):
     assert said == []
 
 
+def test_a_comparison_that_is_being_trained_is_not_overwritten(file, begun, capsys):
+    words = ["compare", str(file), "--save_dir", str(begun.parent), "--workers", "0", "--overwrite"]
+    with claims.lock_of(_pairs(begun)["abr/seed0"]):
+        assert main(words) == 2
+    assert "abr/seed0 in " in (said := " ".join(capsys.readouterr().err.split()))
+    assert "is being trained; stop its worker before --overwrite" in said
+    assert main(words) == 0
+
+
 def test_folders_that_cannot_be_joined(begun, tmp_path, capsys):
     assert main(["worker", str(tmp_path)]) == 2
     assert "holds no comparison; give the folder of one" in " ".join(capsys.readouterr().err.split())
@@ -279,6 +289,47 @@ def test_files_come_back_as_they_were_and_lead_nowhere_else(tmp_path):
             with pytest.raises(RunError, match="may lead elsewhere"):
                 take({name: b""}, tmp_path / "three")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["one", "two"]
+
+
+OWN = """
+from iterbatch import BaseTrainingStrategy
+
+class Twice(BaseTrainingStrategy):
+    def repeats(self, loss):
+        return 2
+"""
+
+
+def test_a_worker_without_the_folder_works_in_a_copy_and_goes_on_with_what_another_left_there(
+    tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    arms = {"baseline": None, "mine": {"strategy": "mine.py:Twice"}}
+    run_dir = _begun(study_file(tmp_path, tiny_folder, arms, seeds=[0], evals=1, prompts=1), tmp_path)
+    orders = on_ray._orders(run_dir, "f" * 32, 1, "")
+    (tmp_path / "mine.py").unlink()
+    copy = tmp_path / "elsewhere" / ("iterbatch-" + "f" * 32)
+    first = RayWorker(orders)
+    assert first.begin()["shares"] is False
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 3)
+        stopped = first.train("mine/seed0", {})
+    assert stopped["how"] == "stopped"
+    kept = [name for name in stopped["pair"] if name.startswith("checkpoint")]
+    assert kept
+    assert all((copy / "mine/seed0" / name).exists() for name in kept)
+    second = RayWorker(orders)
+    assert second.train("mine/seed0", {"../out": {}})["how"] == "broken"
+    ended = second.train("mine/seed0", {"": {}, "mine/seed0": {"batches.jsonl": b"older"}})
+    assert ended["how"] == "ended"
+    assert {layout.RESULT, layout.BATCHES, "adapter/adapter_model.safetensors"} <= set(ended["pair"])
+    assert ended["pair"][layout.BATCHES].startswith(stopped["pair"][layout.BATCHES][:40])
+    assert set(ended["cell"]) == {layout.MANIFEST}
+    assert not [*run_dir.rglob(layout.RESULT)]
+    second.clear()
+    assert not copy.exists()
 
 
 # -- Ray ---------------------------------------------------------------------------------------------------

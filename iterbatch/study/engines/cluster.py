@@ -71,18 +71,7 @@ def need_answer(address: str) -> None:
     Raises:
         ConfigError: where it does not.
     """
-    problem = _unreached(address)
-    if problem is None:
-        command = [sys.executable, "-c", KNOCK, address]
-        try:
-            asked = subprocess.run(
-                command, env=os.environ | QUIET, capture_output=True, timeout=ANSWER - REACHED, check=False
-            )
-            said = asked.stderr.decode("utf-8", "replace").strip().splitlines()
-            problem = (said or [_("exit code {returncode}").format(returncode=asked.returncode)])[-1][:240]
-            problem = None if asked.returncode == 0 else problem
-        except subprocess.TimeoutExpired:
-            problem = _("no answer within {seconds:.0f} s").format(seconds=ANSWER - REACHED)
+    problem = _unreached(address) or _unanswered(address)
     if problem is not None:
         raise ConfigError(
             _(
@@ -102,6 +91,22 @@ def _unreached(address: str) -> str | None:
     except (OSError, OverflowError) as problem:
         return str(problem)
     return None
+
+
+def _unanswered(address: str) -> str | None:
+    """Why what listens at an address is no cluster that can be used; None where it is one."""
+    command, seconds = [sys.executable, "-c", KNOCK, address], ANSWER - REACHED
+    asked = subprocess.Popen(
+        command, env=os.environ | QUIET, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        said = asked.communicate(timeout=seconds)[1]
+        why = _("exit code {returncode}").format(returncode=asked.returncode)
+    except subprocess.TimeoutExpired:
+        asked.kill()
+        said, why = asked.communicate()[1], _("no answer within {seconds:.0f} s").format(seconds=seconds)
+    last = said.decode("utf-8", "replace").strip().splitlines()[-1:]
+    return None if asked.returncode == 0 else ": ".join([why, *last])[:400]
 
 
 @contextlib.contextmanager

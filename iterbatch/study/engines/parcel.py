@@ -4,7 +4,7 @@ A name is that of a file below a folder. What else it says is refused, so nothin
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from iterbatch.errors import RunError
@@ -47,7 +47,7 @@ def unpack(parcel: Parcel, folder: Path) -> None:
     Raises:
         RunError: where a name in it leads elsewhere.
     """
-    _check(parcel)
+    check_names(parcel)
     with whole_or_not(folder) as scratch:
         scratch.mkdir(parents=True)
         for name, content in parcel.items():
@@ -62,18 +62,21 @@ def add_missing(parcel: Parcel, folder: Path) -> None:
     Raises:
         RunError: where a name leads elsewhere.
     """
-    _check(parcel)
+    check_names(parcel)
     for name, content in parcel.items():
         if not (folder / name).exists():
             with whole_or_not(folder / name) as scratch:
                 scratch.write_bytes(content)
 
 
-def _check(parcel: Parcel) -> None:
-    for name in parcel:
+def check_names(names: Iterable[str]) -> None:
+    """See that names are those of files below a folder.
+
+    Raises:
+        RunError: where one may lead elsewhere.
+    """
+    for name in names:
         if not all(_PART.fullmatch(part) for part in name.split("/")):
             raise RunError(
-                _("a worker sent a file named {name!r}, which is not taken: it may lead elsewhere").format(
-                    name=name
-                )
+                _("a file named {name!r} was sent, and is not taken: it may lead elsewhere").format(name=name)
             )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from iterbatch.bench.prepare import prepare
-from iterbatch.errors import RunError, UserError, first_line
+from iterbatch.errors import UserError, first_line
 from iterbatch.language import use
 from iterbatch.quiet import quiet_libraries
 from iterbatch.records import layout
@@ -26,7 +26,7 @@ from iterbatch.runtime.interrupt import Interrupts, Stopped
 from iterbatch.strategy import register
 from iterbatch.study.engines.claims import Claim, claimed, holding, read_running
 from iterbatch.study.engines.in_process import train_cell
-from iterbatch.study.engines.parcel import Parcel, add_missing, pack, pack_cell, unpack
+from iterbatch.study.engines.parcel import Parcel, add_missing, check_names, pack, pack_cell, unpack
 from iterbatch.study.engines.worker import Teller, fail
 from iterbatch.study.pairs import Pair, pairs_of
 from iterbatch.study.study_folder import from_json, versions
@@ -136,10 +136,9 @@ class RayWorker:
 
     def _take(self, sent: Mapping[str, Parcel], pair: Pair) -> None:
         """Put into its own copy what it lacks; what a worker before it has left there is further on."""
+        check_names(place for place in sent if place != self._cell.name)
         for place, parcel in sent.items():
-            folder = (self.run_dir / place).resolve()
-            if not folder.is_relative_to(self.run_dir.resolve()):
-                raise RunError(place)
+            folder = self.run_dir / place
             if place == self._cell.name:
                 add_missing(parcel, folder)
             elif not (folder / layout.BATCHES).exists():
