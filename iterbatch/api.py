@@ -16,6 +16,7 @@ from iterbatch.quiet import quiet_libraries
 from iterbatch.runtime.processes import is_main
 from iterbatch.settings import Settings
 from iterbatch.study import run as doors
+from iterbatch.study.engines.choose import choose
 from iterbatch.study.outcome import Outcome
 from iterbatch.study.study_file import load_study
 
@@ -52,15 +53,23 @@ def run(
 
 
 def compare(
-    study: str | Path, *, workers: int = 1, save_dir: str | Path = "results", overwrite: bool = False
+    study: str | Path,
+    *,
+    workers: int = 1,
+    save_dir: str | Path = "results",
+    overwrite: bool = False,
+    engine: str = "processes",
+    address: str | None = None,
 ) -> Outcome:
     """Train every pair of a study file that has no result yet, and report.
 
     Args:
         study: The file.
-        workers: Processes at a time.
+        workers: Pairs in training at a time, 1 or more.
         save_dir: Folder of all runs.
         overwrite: Delete an earlier study of this name.
+        engine: ``processes`` of this machine, or ``ray``.
+        address: Of a Ray cluster, ``HOST:PORT``; None starts one on this machine.
 
     Raises:
         UserError: where the file or a folder cannot be used.
@@ -70,5 +79,8 @@ def compare(
     quiet_libraries()
     folder = Path(save_dir) / loaded.name
     with StudyProgress(Console()) as bars:
-        doors.compare(loaded, folder, workers, bars.notify, bars.show, overwrite=overwrite)
+        trains = choose(engine, workers, address, bars.notify, bars.show)
+        if trains is None:
+            raise ConfigError(_("workers is {workers}; it must be at least 1").format(workers=workers))
+        doors.compare(loaded, folder, trains, overwrite=overwrite)
     return Outcome(folder)

@@ -42,6 +42,7 @@ TRACKERS = (
     "trackio",
     NONE,
 )
+ENGINES = ("processes", "ray")  # of a comparison
 LAST = Path("last")  # what --resume without a folder stands for
 # These belong to one invocation, not to the experiment.
 NOT_SAVED = ("config", "run_name", "resume", "overwrite", "dry_run", "quiet", "trust_remote_code")

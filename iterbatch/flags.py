@@ -11,6 +11,7 @@ import tyro
 from iterbatch.checks import check, check_placement, settings, strategy_config, with_probe_text
 from iterbatch.config import (
     COMPILE,
+    ENGINES,
     BenchConfig,
     DataConfig,
     Knob,
@@ -30,6 +31,14 @@ from iterbatch.strategy import STRATEGIES, knobs, needs_source, register
 from iterbatch.strategy.own import is_named
 
 Group = tyro.conf.OmitArgPrefixes
+Engine = Annotated[
+    str,
+    Knob("What trains: processes of this machine, or workers of a Ray cluster.", choices=ENGINES),
+]
+Address = Annotated[
+    str | None,
+    Knob("Ray cluster, HOST:PORT. Default: one is started on this machine for as long as it takes."),
+]
 Flags = TypeVar("Flags", bound="TrainFlags")
 
 
@@ -111,10 +120,13 @@ class CompareFlags(TrainFlags):
     workers: Annotated[
         int,
         Knob(
-            "Processes, each training one arm with one seed at a time. The cores are shared out among them",
-            at_least=1,
+            "Workers, each training one arm with one seed at a time; the cores are shared out among them. "
+            "With 0 the comparison is only begun, for `iterbatch worker` on any machine",
+            at_least=0,
         ),
     ] = 1
+    engine: Engine = "processes"
+    address: Address = None
 
 
 def parse(kind: type[Flags], words: Sequence[str], *, command: str, default: Flags | None = None) -> Flags:

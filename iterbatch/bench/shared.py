@@ -161,8 +161,16 @@ def _prompts(prepared: Prepared) -> list[tuple[list[int], list[int]]]:
 
 
 @contextlib.contextmanager
-def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Shared]:
+def set_up(
+    prepared: Prepared, run_dir: Path, listener: Listener, asked: Interrupts | None = None
+) -> Iterator[Shared]:
     """Load the model, place it, open the stores, and write the manifest.
+
+    Args:
+        prepared: Text and tokenizer.
+        run_dir: Of the cell.
+        listener: Is notified of how it goes.
+        asked: Notes while it lasts whether the run is to stop, where somebody else is to see it too.
 
     Raises:
         RunError: where what is done with it runs out of memory.
@@ -189,7 +197,7 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
                 dataclasses.replace(config.speed, compile="off" if compiled_for is None else "on"),
                 listener.note,
             ) as reuse,
-            Interrupts() as interrupts,
+            asked or Interrupts() as interrupts,
         ):
             cold_start = compiled_for.seconds if compiled_for is not None else 0.0
             plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)

@@ -1,15 +1,18 @@
 """``iterbatch compare``."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from iterbatch.cli.command import Words, check_ranges, exit_code, print_answers
 from iterbatch.cli.progress import StudyProgress, plan_table
+from iterbatch.errors import typed
 from iterbatch.flags import CompareFlags
 from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
+from iterbatch.strategy.own import SOURCES
 from iterbatch.study.pairs import Study
 from iterbatch.study.study_file import load_study, study_of_flags
 
@@ -31,19 +34,32 @@ class Compare(CompareFlags):
         if self.run.dry_run:
             _print_plans(study, console)
             return 0
+        from iterbatch.study.engines.choose import choose
         from iterbatch.study.run import compare
 
         run_dir = self.run.save_dir / (self.run.run_name or study.name)
         try:
             with StudyProgress(console, quiet=self.run.quiet) as bars:
-                cells = compare(
-                    study, run_dir, self.workers, bars.notify, bars.show, overwrite=self.run.overwrite
-                )
+                engine = choose(self.engine, self.workers, self.address, bars.notify, bars.show)
+                cells = compare(study, run_dir, engine, overwrite=self.run.overwrite)
         except KeyboardInterrupt as stopped:
             console.print(Text(_("Stopped. The same command goes on, each pair from its last checkpoint.")))
             return exit_code(stopped)
-        print_answers(console, cells, run_dir)
+        if engine is None:
+            _print_how_to_join(study, run_dir, console)
+        else:
+            print_answers(console, cells, run_dir)
         return 0
+
+
+def _print_how_to_join(study: Study, run_dir: Path, console: Console) -> None:
+    names = {arm.strategy for cell in study.cells for arm in cell.arms}
+    own = [SOURCES[name].words for name in sorted(names & {*SOURCES})]
+    command = typed("iterbatch", "worker", run_dir.resolve(), *(["--strategies", *own] if own else []))
+    console.print(
+        Text(_("Begun. Any machine that sees its folder joins by: {command}").format(command=command)),
+        soft_wrap=True,
+    )
 
 
 def _print_plans(study: Study, console: Console) -> None:

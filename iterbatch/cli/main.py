@@ -25,6 +25,7 @@ from iterbatch.cli import (
     report,
     train,
     tune,
+    worker,
 )
 from iterbatch.cli.command import EXIT_BAD_INPUT, Command, Words, exit_code
 from iterbatch.config import BenchConfig, StrategyConfig
@@ -43,6 +44,10 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     "tune": (
         tune.Tune,
         N_("Find the learning rate of every arm of a study, and write it into the study file."),
+    ),
+    "worker": (
+        worker.Worker,
+        N_("Join a comparison from any machine that sees its folder: train its pairs until none is left."),
     ),
     "report": (report.Report, N_("Write the report of a run or a comparison anew, from its records alone.")),
     "list": (list_runs.ListRuns, N_("Show the runs and comparisons of a folder.")),
@@ -69,8 +74,13 @@ EXAMPLES = {  # of the help of a command
     "compare": (
         "iterbatch compare --strategies baseline abr permuted --seeds 0 1 2 --workers 2",
         "iterbatch compare study.yaml --workers 2 --dry_run",
+        "iterbatch compare study.yaml --workers 8 --engine ray --address 192.0.2.1:6379",
     ),
     "tune": ("iterbatch tune study.yaml --workers 2",),
+    "worker": (
+        "iterbatch worker results/first-study",
+        "iterbatch worker results/first-study --strategies mine.py:TwiceWhenHard",
+    ),
     "report": ("iterbatch report results/first-study", "iterbatch report results/one results/two --out both"),
     "list": ("iterbatch list", "iterbatch list /elsewhere/results"),
     "power": ("iterbatch power results/first-study",),

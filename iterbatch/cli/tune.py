@@ -10,6 +10,7 @@ from rich.text import Text
 
 from iterbatch.cli.command import Words, check_ranges, exit_code, printer
 from iterbatch.config import Knob
+from iterbatch.flags import Address, Engine
 from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
 
@@ -27,16 +28,22 @@ class Tune:
         Knob("Study file (YAML); its section tune says trials, low, high and seed."),
     ]
     save_dir: Annotated[Path, Knob("Folder for the trials.")] = Path("results")
-    workers: Annotated[int, Knob("Processes, each training one trial at a time", at_least=1)] = 1
+    workers: Annotated[int, Knob("Workers, each training one trial at a time", at_least=1)] = 1
+    engine: Engine = "processes"
+    address: Address = None
 
     def execute(self, words: Words, console: Console) -> int:
         """Make the trials that are missing, and say what was chosen."""
         check_ranges(self)
         quiet_libraries()
+        from iterbatch.study.engines.choose import choose
         from iterbatch.study.tune import tune
 
+        notify = printer(console)
+        engine = choose(self.engine, self.workers, self.address, notify)
+        assert engine is not None  # --workers is 1 or more
         try:
-            tune(self.study, self.save_dir, self.workers, printer(console))
+            tune(self.study, self.save_dir, engine, notify)
         except KeyboardInterrupt as stopped:
             console.print(Text(_("Stopped. The same command resumes it.")))
             return exit_code(stopped)

@@ -140,6 +140,8 @@ def failure_of(folder: Path) -> str | None:
 def read_study(run_dir: Path) -> dict[str, Any]:
     """The resolved study that a folder keeps: ``name``, and ``cells`` with ``config`` and ``arms``.
 
+    With them ``versions`` of the code that it was begun by; none where an earlier version kept none.
+
     Raises:
         ConfigError: where it cannot be read.
     """
@@ -149,7 +151,8 @@ def read_study(run_dir: Path) -> dict[str, Any]:
         for cell in content["cells"].values():
             if not isinstance(cell["config"], dict) or not isinstance(cell["arms"], dict):
                 raise ValueError(_("a cell has no settings or no arms"))
-        return {"name": str(content["name"]), "cells": dict(content["cells"])}
+        versions = {str(name): str(value) for name, value in content.get("versions", {}).items()}
+        return {"name": str(content["name"]), "cells": dict(content["cells"]), "versions": versions}
     except BAD_JSON as problem:
         raise damaged_study(run_dir, problem) from problem
 

@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM: a run stops at the next place where a checkpoint can be made."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -52,3 +54,20 @@ class Interrupts:
         """
         if self.requested is not None:
             raise Stopped(self.requested)
+
+
+@contextlib.contextmanager
+def obeyed() -> Iterator[None]:
+    """SIGTERM outside of :class:`Interrupts` stops at once, as Ctrl-C does, and what is held is let go."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stopped(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -140,9 +140,15 @@ def run_pairs(pairs: Sequence[Pair], engine: Engine) -> list[CellScores]:
         Stopped: where it was asked to stop.
     """
     engine.train(pairs)
-    if not is_main():
-        return []
-    run_dir = pairs[0].run_dir
+    return write_report(pairs[0].run_dir) if is_main() else []
+
+
+def write_report(run_dir: Path) -> list[CellScores]:
+    """Report on a study whose pairs have ended.
+
+    Raises:
+        RunError: where there is nothing to report.
+    """
     try:
         return page.write(run_dir)
     except RunError:  # every pair failed, perhaps: no page may go on waiting

@@ -1,4 +1,4 @@
-"""The two doors to a study: ``run`` trains one cell in this process, ``compare`` any number over workers.
+"""The doors to a study: ``run`` trains one cell in this process, ``compare`` any number by an engine.
 
 Both go the same way, :func:`iterbatch.study.pairs.run_pairs`, leave the same folder and end with
 the same report.
@@ -16,9 +16,7 @@ from iterbatch.report.comparison import CellScores
 from iterbatch.runtime.processes import from_main, is_main
 from iterbatch.runtime.run_folder import find_folder, hold, locked
 from iterbatch.study.engines.in_process import InProcess
-from iterbatch.study.engines.processes import Processes
-from iterbatch.study.live import Show
-from iterbatch.study.pairs import Cell, Notify, Study, pairs_of, run_pairs
+from iterbatch.study.pairs import Cell, Engine, Study, pairs_of, run_pairs
 from iterbatch.study.study_folder import begin, keep, keep_tuning
 
 
@@ -50,9 +48,7 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
 def compare(
     study: Study,
     run_dir: Path,
-    workers: int,
-    notify: Notify = lambda _: None,
-    show: Show = lambda _: None,
+    engine: Engine | None,
     *,
     overwrite: bool = False,
     keep_arms: bool = False,
@@ -62,9 +58,7 @@ def compare(
     Args:
         study: Checked.
         run_dir: Its folder; a study of the same settings that is there already is resumed.
-        workers: Processes at a time; the cores are shared out among them.
-        notify: Is notified of every pair that ends.
-        show: Is shown where the study stands.
+        engine: Trains its pairs; None only begins it, for `iterbatch worker` on any machine.
         overwrite: Delete an earlier study of this name.
         keep_arms: Let arms that are there already and not in this study stay; they are not trained.
 
@@ -77,4 +71,4 @@ def compare(
     with locked(run_dir):
         begin(study, run_dir, overwrite=overwrite, keep_arms=keep_arms)
         keep_tuning(run_dir)
-        return run_pairs(pairs_of(study, run_dir), Processes(workers, notify, show))
+        return [] if engine is None else run_pairs(pairs_of(study, run_dir), engine)

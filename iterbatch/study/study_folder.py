@@ -1,20 +1,29 @@
 """What a study leaves in its folder, for its workers and for being resumed."""
 
 import contextlib
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from iterbatch import __version__
 from iterbatch.bench.arm import make_arm
 from iterbatch.checks import config_of
-from iterbatch.errors import ConfigError, RunError
+from iterbatch.errors import ConfigError, RunError, typed
 from iterbatch.language import _
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records import layout
+from iterbatch.records.origin import read_places, write_places
 from iterbatch.records.read import BAD_JSON, damaged_study, read_study
 from iterbatch.records.tuning import read_curves, write_curves
 from iterbatch.records.write import sweep, write_json, write_text
 from iterbatch.runtime.run_folder import RESUMABLE, empty, run_content
+from iterbatch.strategy import STRATEGIES
 from iterbatch.study.pairs import Cell, Study
+
+VERSIONED = ("torch", "transformers", "peft")  # packages that decide, with this one, what a pair comes to
 
 
 def as_json(study: Study) -> dict[str, Any]:
@@ -26,13 +35,27 @@ def as_json(study: Study) -> dict[str, Any]:
     return {"name": study.name, "cells": cells}
 
 
+def versions() -> dict[str, str]:
+    """Of the code that trains here; a build for another device is the same version."""
+    found = {name: metadata.version(name).split("+")[0] for name in VERSIONED}
+    return {"iterbatch": __version__, **found}
+
+
 def from_folder(run_dir: Path) -> Study:
     """The study that a folder keeps.
 
     Raises:
         ConfigError: where it cannot be read.
     """
-    content = read_study(run_dir)
+    return from_json(read_study(run_dir), run_dir)
+
+
+def from_json(content: Mapping[str, Any], run_dir: Path) -> Study:
+    """The study that :func:`as_json` was given; ``run_dir`` is named where it cannot be read.
+
+    Raises:
+        ConfigError: then.
+    """
     try:
         cells = []
         for name, kept in content["cells"].items():
@@ -42,6 +65,60 @@ def from_folder(run_dir: Path) -> Study:
         return Study(content["name"], tuple(cells))
     except BAD_JSON as problem:
         raise damaged_study(run_dir, problem) from problem
+
+
+def placed(study: Study, run_dir: Path) -> Study:
+    """A study whose text and models are named by where they are, so that any folder may be worked from."""
+    content = as_json(study)
+    for name, cell in content["cells"].items():
+        cell["config"] |= read_places(run_dir / name)
+    return from_json(content, run_dir)
+
+
+def check_joinable(run_dir: Path) -> None:
+    """See that a folder holds a comparison that may be trained here.
+
+    Raises:
+        ConfigError: where it holds none, or has strategies of one's own that were not named.
+        RunError: where it was begun by other versions.
+    """
+    if not (run_dir / layout.STUDY).is_file() or not (run_dir / layout.WORKERS).is_dir():
+        raise ConfigError(
+            _(
+                "{run_dir} holds no comparison; give the folder of one, which `iterbatch compare STUDY.yaml "
+                "--workers 0` begins"
+            ).format(run_dir=run_dir)
+        )
+    content, ours = read_study(run_dir), versions()
+    theirs = {name: content["versions"].get(name, version) for name, version in ours.items()}
+    if theirs != ours:
+        differing = [name for name in ours if theirs[name] != ours[name]]
+        raise RunError(
+            _(
+                "the study in {run_dir} was begun with {theirs}, and this machine has {ours}; install here "
+                "what it was begun with, or give its `iterbatch compare` again with what is here"
+            ).format(run_dir=run_dir, theirs=_named(theirs, differing), ours=_named(ours, differing))
+        )
+    _check_strategies(content, run_dir)
+
+
+def _named(versions: Mapping[str, str], names: list[str]) -> str:
+    return ", ".join(f"{name} {versions[name]}" for name in names)
+
+
+def _check_strategies(content: Mapping[str, Any], run_dir: Path) -> None:
+    """See that strategies of one's own have been named: their code is not looked for in a run's folder."""
+    arms = [(name, own) for cell in content["cells"].values() for name, own in cell["arms"].items()]
+    names = dict.fromkeys(str(dict(own or {}).get("strategy", name)) for name, own in arms)
+    if missing := [name for name in names if name not in STRATEGIES]:
+        files = [f"FILE.py:{name}" for name in missing]
+        raise ConfigError(
+            _("{folder} has strategies of your own, {names}; name their files again: {command}").format(
+                folder=run_dir,
+                names=", ".join(missing),
+                command=typed("iterbatch", "worker", run_dir, "--strategies", *files),
+            )
+        )
 
 
 def begin(study: Study, run_dir: Path, *, overwrite: bool = False, keep_arms: bool = False) -> None:
@@ -58,6 +135,7 @@ def begin(study: Study, run_dir: Path, *, overwrite: bool = False, keep_arms: bo
     """
     file, content = run_dir / layout.STUDY, as_json(study)
     if overwrite and file.exists():
+        _check_nobody_trains(run_dir)
         empty(run_dir)
     if file.exists():
         before = as_json(from_folder(run_dir))
@@ -73,9 +151,24 @@ def begin(study: Study, run_dir: Path, *, overwrite: bool = False, keep_arms: bo
         )
     sweep(run_dir)
     (run_dir / layout.WORKERS).mkdir(exist_ok=True)
-    write_json(file, content)
+    write_json(file, {**content, "versions": versions()})
     for cell in study.cells:
         write_text(run_dir / cell.name / layout.CONFIG, dump_yaml(cell.config.flat()))
+        write_places(run_dir / cell.name, cell.config.flat())
+
+
+def _check_nobody_trains(run_dir: Path) -> None:
+    """See that no worker that has joined, from this machine or another, is training a pair."""
+    for file in sorted((run_dir / layout.WORKERS).glob("*.lock")):
+        try:
+            with FileLock(file, blocking=False):
+                continue
+        except Timeout as problem:
+            raise RunError(
+                _("{name} in {run_dir} is being trained; stop its worker before --overwrite").format(
+                    name=file.stem.replace("~", "/"), run_dir=run_dir
+                )
+            ) from problem
 
 
 def keep(study: Study, run_dir: Path) -> None:

@@ -25,7 +25,7 @@ from iterbatch.records.tuning import Curve, Curves, write_curves
 from iterbatch.records.write import write_text
 from iterbatch.report import stats
 from iterbatch.report.wording import markdown
-from iterbatch.study.pairs import Cell, Notify, Study, pairs_of
+from iterbatch.study.pairs import Cell, Engine, Notify, Study, pairs_of
 from iterbatch.study.run import compare
 from iterbatch.study.study_file import load_study, write_rates
 
@@ -58,13 +58,13 @@ def beyond(curve: Curve, first: Sequence[float], step: float) -> float | None:
     return None
 
 
-def tune(path: Path, save_dir: Path, workers: int, notify: Notify = lambda _: None) -> Rates:
+def tune(path: Path, save_dir: Path, engine: Engine, notify: Notify = lambda _: None) -> Rates:
     """Make the trials that are missing, choose, and write the choices into the study file.
 
     Args:
         path: The study file.
         save_dir: Folder of runs; trials go to ``<study>-tune`` in it.
-        workers: Processes at a time.
+        engine: Trains the trials.
         notify: Is notified of how it goes.
 
     Returns:
@@ -79,10 +79,10 @@ def tune(path: Path, save_dir: Path, workers: int, notify: Notify = lambda _: No
     tuning, chosen = Tuning(study, run_dir / "trials"), {cell.name: {} for cell in study.cells}
     for stage in stages(study):
         tuning.add(stage, chosen)
-        compare(tuning.trials, tuning.folder, workers, notify, keep_arms=True)
+        compare(tuning.trials, tuning.folder, engine, keep_arms=True)
         while further := tuning.go_beyond(stage):
             notify(_("Best at an edge, one more rate each: {names}").format(names=", ".join(further)))
-            compare(tuning.trials, tuning.folder, workers, notify, keep_arms=True)
+            compare(tuning.trials, tuning.folder, engine, keep_arms=True)
         for cell in study.cells:
             chosen[cell.name] |= {arm: tuning.best(cell.name, arm) for arm in stage}
     write_rates(path, chosen)

@@ -10,6 +10,7 @@ from iterbatch.checks import make_config
 from iterbatch.cli.main import main
 from iterbatch.errors import RunError
 from iterbatch.records.origin import Origin, check_origin, read_origin
+from iterbatch.study.engines.processes import Processes
 from iterbatch.study.pairs import Cell, Study
 from iterbatch.study.run import compare
 from iterbatch.study.run import run as run_bench
@@ -87,10 +88,10 @@ def test_cells_made_from_different_things_under_one_name_are_not_compared(tiny, 
         )
         for name, lr in (("slow", 0.001), ("fast", 0.01))
     }
-    compare(Study("study", (cells["slow"],)), study, workers=1)
+    compare(Study("study", (cells["slow"],)), study, Processes(1))
     _write(tmp_path / "rows.jsonl", [{"text": row["text"].replace("tea", "ale")} for row in ROWS])
     with pytest.raises(RunError, match="the text of train has SHA-256"):
-        compare(Study("study", tuple(cells.values())), study, workers=1)
+        compare(Study("study", tuple(cells.values())), study, Processes(1))
     assert main(["report", str(study)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "fast was made from something else than slow" in said

@@ -28,8 +28,9 @@ from iterbatch.report.answers import answer_line, answers, conclusion
 from iterbatch.report.comparison import read_cells
 from iterbatch.runtime.interrupt import Interrupts, Stopped
 from iterbatch.study.engines import in_process
-from iterbatch.study.engines.processes import Watch
-from iterbatch.study.engines.worker import claim_in_turn, work
+from iterbatch.study.engines.claims import claim_in_turn
+from iterbatch.study.engines.processes import Processes, Watch
+from iterbatch.study.engines.worker import work
 from iterbatch.study.pairs import pairs_of
 from iterbatch.study.run import compare
 from iterbatch.study.run import run as run_bench
@@ -453,7 +454,7 @@ def test_workers_that_cannot_begin_say_why(tiny_folder, tmp_path):
     study = load_study(study_file(tmp_path, tiny_folder, {"baseline": None}))
     (tmp_path / "data.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(RunError, match="could not begin"):
-        compare(study, tmp_path / "run", 1)
+        compare(study, tmp_path / "run", Processes(1))
     assert (tmp_path / "run" / STUDY).exists()
 
 

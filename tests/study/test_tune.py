@@ -11,6 +11,7 @@ from iterbatch.cli.main import main
 from iterbatch.errors import ConfigError
 from iterbatch.records.result import read_result
 from iterbatch.records.tuning import Curve, read_curves
+from iterbatch.study.engines.processes import Processes
 from iterbatch.study.study_file import load_study
 from iterbatch.study.tune import MOST_BEYOND, beyond, tune, values
 
@@ -59,7 +60,7 @@ def tuned(tmp_path_factory, tiny_folder):
     )
     file.write_text(text, encoding="utf-8")
     said = []
-    return folder, file, tune(file, folder, 1, said.append), said
+    return folder, file, tune(file, folder, Processes(1, said.append), said.append), said
 
 
 def test_every_arm_gets_the_same_trials_on_all_seeds_and_its_best_mean_is_written(tuned):
@@ -90,7 +91,7 @@ def test_tuning_goes_on_where_it_stopped(tuned):
     folder, file, chosen, _ = tuned
     trained = {each: each.stat().st_mtime_ns for each in folder.rglob("result.json")}
     said = []
-    assert tune(file, folder, 1, said.append) == chosen
+    assert tune(file, folder, Processes(1, said.append), said.append) == chosen
     assert {each: each.stat().st_mtime_ns for each in folder.rglob("result.json")} == trained
     assert any("finished before" in text for text in said)
 
@@ -108,11 +109,11 @@ def test_a_trial_that_failed_and_was_tried_again_counts(tuned, tmp_path, monkeyp
     monkeypatch.setattr(
         "iterbatch.study.tune.compare", lambda *given, **named: None
     )  # what is there is all there is
-    tune(file, copy, 1)
+    tune(file, copy, Processes(1))
     assert read_curves(copy / "study-tune")[""]["baseline"].losses[number][1] == math.inf
     (best.parent / "failed.json").unlink()
     best.write_text(kept, encoding="utf-8")
-    assert tune(file, copy, 1) == chosen
+    assert tune(file, copy, Processes(1)) == chosen
     assert math.isfinite(read_curves(copy / "study-tune")[""]["baseline"].losses[number][1])
 
 
@@ -123,5 +124,5 @@ def test_an_arm_whose_source_is_not_tuned(tuned, tmp_path):
         encoding="utf-8",
     )
     with pytest.raises(ConfigError, match="made from 'abr', which is not among the arms to tune"):
-        tune(file, tmp_path, 1)
+        tune(file, tmp_path, Processes(1))
     assert main(["tune", str(file), "--workers", "0", "--save_dir", str(tmp_path)]) == 2

@@ -19,7 +19,7 @@ from iterbatch.cli.main import main
 from iterbatch.errors import RunError
 from iterbatch.records import layout
 from iterbatch.runtime.interrupt import Interrupts, Stopped
-from iterbatch.study.engines import processes, worker
+from iterbatch.study.engines import claims, processes, worker
 from iterbatch.study.engines.processes import Watch, end, threads_to_share
 from iterbatch.study.pairs import pairs_of
 from iterbatch.study.run import compare
@@ -59,12 +59,12 @@ def test_an_orphan_that_has_claimed_nothing_yet_is_ended(file, tmp_path):
     begin(study, run_dir)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as orphan:
         psutil.Process(orphan.pid).suspend()
-        known = json.dumps(asdict(worker.Claim.of(orphan.pid)))
+        known = json.dumps(asdict(claims.Claim.of(orphan.pid)))
         (run_dir / layout.WORKERS / "worker3.json").write_text(known, encoding="utf-8")
         processes.end_orphans(pairs_of(study, run_dir), said.append)
         assert orphan.poll() is not None or not psutil.pid_exists(orphan.pid)
     assert said == [f"a worker of an earlier start, process {orphan.pid}, is ended first"]
-    other = json.dumps(asdict(worker.Claim.of(os.getpid())) | {"began": 1.0})  # the number of another process
+    other = json.dumps(asdict(claims.Claim.of(os.getpid())) | {"began": 1.0})  # the number of another process
     (run_dir / layout.WORKERS / "worker3.json").write_text(other, encoding="utf-8")
     processes.end_orphans(pairs_of(study, run_dir), said.append)
     assert len(said) == 1
@@ -110,7 +110,7 @@ def test_a_worker_without_a_parent_ends_by_itself(tmp_path, file):
 def test_a_worker_that_is_stopped_from_outside_is_replaced(file, tmp_path):
     said, run_dir = [], tmp_path / "run"
     study = load_study(file)
-    thread = threading.Thread(target=compare, args=(study, run_dir, 1, said.append))
+    thread = threading.Thread(target=compare, args=(study, run_dir, processes.Processes(1, said.append)))
     thread.start()
     _until(lambda: _claimed(run_dir))
     os.kill(_claimed(run_dir)[0], signal.SIGTERM)

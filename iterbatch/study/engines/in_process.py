@@ -15,6 +15,7 @@ from iterbatch.records.course import Running
 from iterbatch.records.record import BatchRecord, EvalRecord
 from iterbatch.records.result import ArmResult
 from iterbatch.runtime.checkpoint import remove_checkpoints
+from iterbatch.runtime.interrupt import Interrupts
 from iterbatch.runtime.processes import from_main, is_main
 from iterbatch.study.live import Live
 from iterbatch.study.pairs import Cell, Pair, report_progress
@@ -125,13 +126,14 @@ def train_cell(
     ready: Callable[[], Prepared],  # asked for when the first pair comes
     listener: Listener,
     on_error: Callable[[Pair, Exception], None] = _raise,
+    interrupts: Interrupts | None = None,  # who may be asked to stop
 ) -> Iterator[Pair]:
     """Train pairs over one model and text; yields each when it is done with."""
     coming = iter(pairs)
     pair = next(coming, None)
     if pair is None:
         return
-    with set_up(ready(), folder, listener) as shared:
+    with set_up(ready(), folder, listener, interrupts) as shared:
         while pair is not None:
             try:
                 train_arm(shared, pair.arm, pair.seed, pair.folder, listener)

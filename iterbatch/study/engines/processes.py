@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import psutil
-from filelock import Timeout
 
 from iterbatch.errors import RunError
 from iterbatch.language import _
@@ -23,7 +22,7 @@ from iterbatch.records import layout
 from iterbatch.records.write import write_json
 from iterbatch.runtime.interrupt import Interrupts, Stopped
 from iterbatch.strategy.own import SOURCES
-from iterbatch.study.engines import worker
+from iterbatch.study.engines import claims, worker
 from iterbatch.study.live import Live, Show
 from iterbatch.study.pairs import Notify, Pair
 
@@ -56,8 +55,8 @@ class Processes:
         end_orphans(pairs, self.notify)
         for pair in pairs:
             (pair.folder / layout.FAILED).unlink(missing_ok=True)
-            if not is_held(pair):
-                worker.claim_file(pair).unlink(missing_ok=True)
+            if not claims.is_held(pair):
+                claims.claim_file(pair).unlink(missing_ok=True)
         with Interrupts() as interrupts:
             Watch(pairs, self.workers, interrupts, self.notify, self.show).run()
 
@@ -65,8 +64,8 @@ class Processes:
 def end_orphans(pairs: Sequence[Pair], notify: Notify) -> None:
     """End workers whose parent is gone and that have not noticed yet: the study is this process's."""
     folder = pairs[0].run_dir / layout.WORKERS  # of claims, and of those that have claimed nothing yet
-    for claim in map(worker.read_claim, sorted(folder.glob("*.json"))):
-        process = None if claim is None else claim.process
+    for claim in map(claims.read_claim, sorted(folder.glob("*.json"))):
+        process = None if claim is None or claim.joined else claim.process
         if process is not None:
             notify(_("a worker of an earlier start, process {pid}, is ended first").format(pid=process.pid))
             end([process])
@@ -84,15 +83,6 @@ def end(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
             process.kill()
     psutil.wait_procs(deaf)
     return deaf
-
-
-def is_held(pair: Pair) -> bool:
-    """Whether a process holds a pair."""
-    try:
-        with worker.lock_of(pair):
-            return False
-    except Timeout:
-        return True
 
 
 class Watch:
@@ -131,8 +121,8 @@ class Watch:
                     self.stop()
                 time.sleep(WAIT)
                 self._notify_of_ended()
-                claimed = [each for each in self.pairs if not each.ended and worker.claim_file(each).exists()]
-                self.live.update([worker.read_running(each) for each in claimed])
+                claimed = [each for each in self.pairs if not each.ended and claims.claim_file(each).exists()]
+                self.live.update([claims.read_running(each) for each in claimed])
                 for number, process in list(self.running.items()):
                     if process.poll() is not None:
                         del self.running[number]
@@ -152,12 +142,12 @@ class Watch:
         left = [pair for pair in self.pairs if not pair.ended]
         if not left or self.interrupts.requested is not None:
             return False
-        if free := [pair for pair in left if not is_held(pair)]:
+        if free := [pair for pair in left if not claims.is_held(pair)]:
             for pair in free:
-                worker.claim_file(pair).unlink(missing_ok=True)  # of one that ended elsewhere
+                claims.claim_file(pair).unlink(missing_ok=True)  # of one that ended elsewhere
             self.start(0)
         elif left[0].name not in self._waited:
-            claim = worker.read_claim(worker.claim_file(left[0]))
+            claim = claims.read_claim(claims.claim_file(left[0]))
             who = (
                 _("another process")
                 if claim is None
@@ -181,7 +171,7 @@ class Watch:
             )
         self.running[number] = process
         with contextlib.suppress(psutil.NoSuchProcess):
-            known = worker.Claim.of(process.pid)
+            known = claims.Claim.of(process.pid)
             write_json(self.run_dir / layout.WORKERS / f"worker{number}.json", asdict(known))
 
     def _log(self, number: int) -> Path:
@@ -194,7 +184,7 @@ class Watch:
         claimed = [pair for pair in self.pairs if not pair.ended and _claimed_by(pair, process.pid)]
         asked = process.returncode in ASKED or (process.returncode < 0 and not claimed)
         for pair in claimed:
-            worker.claim_file(pair).unlink(missing_ok=True)
+            claims.claim_file(pair).unlink(missing_ok=True)
             if not asked:
                 _fail(
                     pair,
@@ -250,7 +240,7 @@ class Watch:
 
 
 def _claimed_by(pair: Pair, pid: int) -> bool:
-    claim = worker.read_claim(worker.claim_file(pair))
+    claim = claims.read_claim(claims.claim_file(pair))
     return claim is not None and claim.pid == pid
 
 

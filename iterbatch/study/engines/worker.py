@@ -1,19 +1,20 @@
-"""A worker process: ``python -m iterbatch.study.engines.worker RUN_DIR`` trains pairs until none is left."""
+"""A worker process: trains pairs of a study's folder until none is left.
+
+``python -m iterbatch.study.engines.worker RUN_DIR`` is a comparison's own; ``iterbatch worker`` joins
+one from any machine that sees its folder, by :func:`join`.
+"""
 
 import contextlib
-import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
 from iterbatch.bench.listener import Listener
@@ -22,78 +23,26 @@ from iterbatch.errors import UserError
 from iterbatch.language import _
 from iterbatch.quiet import quiet_libraries
 from iterbatch.records import layout
-from iterbatch.records.course import Running
 from iterbatch.records.record import BatchRecord
-from iterbatch.records.write import finite, write_json
-from iterbatch.runtime.interrupt import Stopped
+from iterbatch.records.write import finite, refuse_links, write_json
+from iterbatch.report.comparison import CellScores
+from iterbatch.runtime.interrupt import Interrupts, Stopped, obeyed
 from iterbatch.strategy import register
+from iterbatch.study.engines.claims import (
+    Claim,
+    Joining,
+    claim_file,
+    claim_in_turn,
+    of_a_child,
+    read_claim,
+    read_running,
+)
 from iterbatch.study.engines.in_process import train_cell
-from iterbatch.study.pairs import Pair, pairs_of
-from iterbatch.study.study_folder import from_folder
+from iterbatch.study.pairs import Notify, Pair, Study, pairs_of, write_report
+from iterbatch.study.study_folder import check_joinable, from_folder, placed
 
 TOLD_EVERY = 2.0  # seconds between two words of how far a pair is
-WAIT = 0.5  # seconds between two looks at the folder
 GRACE = 30.0  # seconds between being asked to stop and being ended
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The process that is training a pair; its number alone may come to mean another process."""
-
-    pid: int
-    began: float  # seconds since the epoch
-    host: str
-
-    @classmethod
-    def of(cls, pid: int) -> "Claim":
-        """Of a process of this machine.
-
-        Raises:
-            psutil.NoSuchProcess: where there is none.
-        """
-        return cls(pid, psutil.Process(pid).create_time(), socket.gethostname())
-
-    @property
-    def process(self) -> psutil.Process | None:
-        """The process, if it is still there and on this machine."""
-        try:
-            found = psutil.Process(self.pid)
-            same = self.host == socket.gethostname() and found.create_time() == self.began
-            return found if same and found.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.Error:
-            return None
-
-
-def claim_file(pair: Pair) -> Path:
-    """Says which process is training a pair."""
-    return pair.run_dir / layout.WORKERS / f"{pair.name.replace('/', '~')}.json"
-
-
-def lock_of(pair: Pair) -> FileLock:
-    """Held while a pair is trained; the system's, so it ends with its process."""
-    return FileLock(claim_file(pair).with_suffix(".lock"), blocking=False)
-
-
-def read_claim(file: Path) -> Claim | None:
-    """Who is training a pair, or was; None where nobody is, or it cannot be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return Claim(int(content["pid"]), float(content["began"]), str(content["host"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def read_running(pair: Pair) -> Running:
-    """How far a pair is that is claimed."""
-    try:
-        content = json.loads(claim_file(pair).read_text(encoding="utf-8"))
-        loss = content.get("loss")
-        loss = float(loss) if isinstance(loss, int | float) else None
-        return Running(
-            pair.name, pair.folder, float(content.get("fraction", 0.0)), loss, str(content.get("doing", ""))
-        )
-    except (OSError, ValueError, TypeError, AttributeError):
-        return Running(pair.name, pair.folder)
 
 
 def end_with_parent() -> None:
@@ -114,17 +63,80 @@ def end_with_parent() -> None:
 
 def work(run_dir: Path) -> None:
     """Train pairs of a study until none is left that nobody else is training."""
-    study = from_folder(run_dir)
+    train(from_folder(run_dir), run_dir, Interrupts(), of_a_child)
+
+
+def train(
+    study: Study,
+    run_dir: Path,
+    interrupts: Interrupts,
+    claim: Callable[[Pair], Claim | None],
+    done: Callable[[Pair], None] = lambda _: None,
+) -> None:
+    """Train pairs that can be claimed, cell by cell; ``done`` is called after each."""
     pairs = pairs_of(study, run_dir)
     for cell in study.cells:
         mine = [pair for pair in pairs if pair.cell.name == cell.name]
         if all(pair.ended for pair in mine):
             continue
-        with contextlib.closing(claim_in_turn(mine)) as claims:
+        with contextlib.closing(claim_in_turn(mine, claim, interrupts.check)) as claims:
             folder, config = run_dir / cell.name, cell.config
             teller = Teller({pair.name: pair for pair in mine}, cell.name)
-            for _ in train_cell(folder, claims, lambda config=config: prepare(config), teller, _fail):
-                pass
+            ready = lambda config=config: prepare(config)  # noqa: E731
+            for pair in train_cell(folder, claims, ready, teller, fail, interrupts):
+                done(pair)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What came of joining a study."""
+
+    trained: int  # pairs that this process has trained to their end
+    open: int  # pairs that have not ended: others train them, or did
+    cells: list[CellScores]  # of the report, where this process has written it
+
+
+def join(run_dir: Path, own: Sequence[str] = (), notify: Notify = lambda _: None) -> Joined:
+    """Train pairs of a comparison until none is left that nobody else is training; the last one reports.
+
+    Args:
+        run_dir: Folder of a comparison that was begun on any machine.
+        own: Strategies of one's own that it has, as ``FILE.py:CLASS``.
+        notify: Is notified of every pair that ends here.
+
+    Raises:
+        ConfigError: where it holds no comparison, or lacks strategies that are to be named.
+        RunError: where it was begun by other versions, or locks do not hold in it.
+        Stopped: where it was asked to stop; the pair in training goes on from its last checkpoint.
+    """
+    run_dir = run_dir.resolve()
+    for word in own:
+        register(word)
+    check_joinable(run_dir)
+    refuse_links(run_dir, leaving=[layout.TRACKING])
+    study = placed(from_folder(run_dir), run_dir)
+    pairs, interrupts, mine = pairs_of(study, run_dir), Interrupts(), list[Pair]()
+
+    def done(pair: Pair) -> None:
+        mine.append(pair)
+        ended = sum(each.ended for each in pairs)
+        notify(f"[{ended}/{len(pairs)}] {pair.name}: {pair.outcome}")
+
+    with obeyed():
+        train(study, run_dir, interrupts, Joining(notify, interrupts.check).claim, done)
+        left = sum(not pair.ended for pair in pairs)
+        missing = bool(mine) or not (run_dir / layout.REPORT).exists()
+        return Joined(len(mine), left, _reported(run_dir) if missing and not left else [])
+
+
+def _reported(run_dir: Path) -> list[CellScores]:
+    """The report; nothing where another process holds the folder, which writes it."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(run_dir / layout.LOCK, blocking=False))
+        except Timeout:
+            return []
+        return write_report(run_dir)
 
 
 class Teller(Listener):
@@ -132,13 +144,14 @@ class Teller(Listener):
 
     def __init__(self, pairs: Mapping[str, Pair], cell: str) -> None:
         self._pairs, self._cell, self._told = pairs, cell, 0.0
-        self._claim, self._pair = Claim.of(os.getpid()), next(iter(pairs.values()))
+        self._claim, self._pair = Claim.of_this_process(), next(iter(pairs.values()))
 
     def arm_started(self, strategy: str, seed: int) -> None:
         """Another pair."""
         self._pair = next(
             each for each in self._pairs.values() if (each.arm.name, each.seed) == (strategy, seed)
         )
+        self._claim = read_claim(claim_file(self._pair)) or self._claim  # with the number of its try
         self._tell()
 
     def batch_done(self, record: BatchRecord, fraction: float) -> None:
@@ -158,51 +171,11 @@ class Teller(Listener):
             write_json(claim_file(self._pair), asdict(self._claim) | told)
 
 
-def _fail(pair: Pair, problem: Exception) -> None:
+def fail(pair: Pair, problem: Exception) -> None:
     """Whatever it is, the other pairs are trained."""
     traceback.print_exception(problem)
     known = isinstance(problem, UserError)
     pair.fail(" ".join(str(problem).split()) if known else f"{type(problem).__name__}: {problem}")
-
-
-def _forget(pair: Pair) -> None:
-    """Delete the claim of a pair that is done with; one that is left says nothing of what has ended."""
-    with contextlib.suppress(PermissionError):  # Windows deletes no file that another process is reading
-        claim_file(pair).unlink(missing_ok=True)
-
-
-def claim_in_turn(pairs: Sequence[Pair]) -> Generator[Pair]:
-    """Pairs one at a time, each held against other workers until the next is asked for."""
-    while True:
-        waiting = False
-        for pair in pairs:
-            if pair.ended:
-                continue
-            source = pair.waits_for(pairs)
-            if source is not None and not source.ended:
-                waiting = True
-                continue
-            with contextlib.ExitStack() as held:
-                try:
-                    held.enter_context(lock_of(pair))
-                except Timeout:
-                    continue
-                if pair.ended:
-                    continue
-                if claim_file(pair).exists():  # of a worker that crashed, whose end is still to be recorded
-                    waiting = True
-                    continue
-                if source is not None and source.broken:
-                    pair.fail(_("it is made from {name}, which failed").format(name=source.name))
-                    continue
-                write_json(claim_file(pair), asdict(Claim.of(os.getpid())))
-                held.callback(_forget, pair)
-                yield pair
-                break  # from the first pair again: what it waited for may be there now
-        else:
-            if not waiting:
-                return
-            time.sleep(WAIT)
 
 
 if __name__ == "__main__":
