@@ -51,7 +51,7 @@ def rows_of(tokenizer, count: int, length: int) -> list[dict]:
 def trained(arguments, rows, layers: list[int], *, reuse: bool) -> dict:
     """One run: seconds of each epoch, and the last loss."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     clock = Epochs()
     trainer = SFTTrainer(
         model,
@@ -60,7 +60,7 @@ def trained(arguments, rows, layers: list[int], *, reuse: bool) -> dict:
             per_device_train_batch_size=4,
             num_train_epochs=3,
             learning_rate=1e-3,
-            bf16=True,
+            bf16=arguments.dtype == "bfloat16",
             optim="adamw_torch_fused",
             gradient_checkpointing=False,
             max_length=arguments.length,
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--scratch", type=Path, default=Path("results/inside-trainer"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -45,9 +45,11 @@ BATCH, LENGTH, LR, WARM = 4, 256, 5e-3, 2
 COLD_STARTS: list[float] = []
 
 
-def ours(model, flops, blocks: Blocks, accelerator, strategy: BaseTrainingStrategy, batches: int) -> float:
+def ours(
+    peft, model, flops, blocks: Blocks, accelerator, strategy: BaseTrainingStrategy, batches: int
+) -> float:
     """Seconds a batch of this project's loop."""
-    reset_adapter(model, seed=0)
+    reset_adapter(peft, seed=0)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, LR, 0.0))
     account = Account(flops, Ledger(), Allowance("epochs", batches + WARM, batches + WARM))
     source = PrefixSource(accelerator.unwrap_model(model), accelerator.device)
@@ -59,14 +61,14 @@ def ours(model, flops, blocks: Blocks, accelerator, strategy: BaseTrainingStrate
     return sum(seconds[WARM:]) / batches
 
 
-def ours_compiled(model, flops, blocks: Blocks, accelerator, batches: int) -> float:
+def ours_compiled(peft, model, flops, blocks: Blocks, accelerator, batches: int) -> float:
     """The same for the baseline with --compile.
 
     Entered anew each turn, because it holds for the whole process, and after the first turn quick.
     """
     with compiled(model, accelerator, (BATCH, LENGTH)) as cold_start:
         COLD_STARTS.append(cold_start.seconds)
-        return ours(model, flops, blocks, accelerator, BaselineStrategy(), batches)
+        return ours(peft, model, flops, blocks, accelerator, BaselineStrategy(), batches)
 
 
 def bare_loop(model, blocks: Blocks, passes: int) -> float:
@@ -155,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
 
-    named = {} if arguments.model is None else {"model_name": arguments.model, "dtype": "bfloat16"}
+    named = {} if arguments.model is None else {"model_name": arguments.model}
     config: BenchConfig = make_config(**named)
     base = load_base(config)
     corpus = read_corpus("pydocs")
@@ -167,7 +169,7 @@ def main() -> None:
         load_model(base, config.model).train().to(accelerator.device) for _ in range(5)
     )
     flops = flop_model(mine)
-    mine, fast = (accelerator.prepare_model(CutModel(model)) for model in (mine, fast))
+    mine, fast = ((model, accelerator.prepare_model(CutModel(model))) for model in (mine, fast))
     default_model = (
         load_model(load_base(make_config(**named | {"dtype": "float32"})), config.model)
         .train()
@@ -177,8 +179,8 @@ def main() -> None:
     best = defaults | {"bf16": base.dtype == "bfloat16", "optim": "adamw_torch_fused"}
     n, r = arguments.passes, arguments.repeats
     variants = {
-        "iterbatch baseline": lambda: ours(mine, flops, blocks, accelerator, BaselineStrategy(), n),
-        "iterbatch baseline, --compile": lambda: ours_compiled(fast, flops, blocks, accelerator, n),
+        "iterbatch baseline": lambda: ours(*mine, flops, blocks, accelerator, BaselineStrategy(), n),
+        "iterbatch baseline, --compile": lambda: ours_compiled(*fast, flops, blocks, accelerator, n),
         "bare PyTorch loop": lambda: bare_loop(bare, blocks, n),
         "Trainer, best settings": lambda: trainer(best_model, blocks.ids, n, arguments.scratch, **best),
         "Trainer, best settings and torch_compile": lambda: trainer(
@@ -186,7 +188,7 @@ def main() -> None:
         ),
         "Trainer, defaults": lambda: trainer(default_model, blocks.ids, n, arguments.scratch, **defaults),
         f"iterbatch abr, {r} passes a batch": lambda: (
-            ours(mine, flops, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r
+            ours(*mine, flops, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r
         ),
     }
     variants = {name: run for name, run in variants.items() if any(word in name for word in arguments.only)}
