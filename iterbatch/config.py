@@ -470,6 +470,13 @@ class SpeedConfig:
             "seconds to minutes."
         ),
     ] = False
+    sharding: Annotated[
+        Literal["none", "fsdp"],
+        Knob(
+            "Of several processes: each holds the whole model, or, by FSDP, a share of every layer and of "
+            "the optimizer. Does not change results."
+        ),
+    ] = "none"
 
 
 @dataclass(frozen=True)

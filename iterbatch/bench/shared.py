@@ -14,6 +14,7 @@ from iterbatch.bench.base_losses import BaseLosses
 from iterbatch.bench.estimate import with_seconds
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan, Prepared, make_plan
+from iterbatch.config import BenchConfig
 from iterbatch.data.data_loader import order_digest
 from iterbatch.errors import RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
@@ -23,6 +24,7 @@ from iterbatch.model.base import PRECISION
 from iterbatch.model.compiled import Compiled, compiled
 from iterbatch.model.cut import CutModel
 from iterbatch.model.lora import reset_adapter
+from iterbatch.model.sharded import sharded_model
 from iterbatch.model.weights import load_model
 from iterbatch.records import layout
 from iterbatch.records.machine import environment
@@ -135,7 +137,9 @@ class Shared:
             for start in range(0, len(self.prompts), TOGETHER):
                 prompts, sampling = self.prompts[start : start + TOGETHER], Sampling(seed=start)
                 with self.accelerator.autocast():
-                    tokens += generate(self.model, prompts, tokenizer, sampling, greedy=greedy)
+                    tokens += generate(
+                        self.model, prompts, tokenizer, sampling, greedy=greedy, together=self.cut.sharded
+                    )
             texts[decoding] = [str(tokenizer.decode(text)) for text in tokens]
             metrics[decoding] = text_metrics(tokens)
         return Sample(texts, metrics)
@@ -176,7 +180,7 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
     # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients
     # would then not be
     # synchronised.
-    placed = accelerator.prepare_model(CutModel(model))
+    placed = _placed(model, accelerator, config)
     cut, shape = accelerator.unwrap_model(placed), (config.training.batch_size, config.max_length)
     try:
         with (
@@ -206,6 +210,14 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
         if not _out_of_memory(problem):
             raise
         raise RunError(_(OUT_OF_MEMORY)) from problem
+
+
+def _placed(model: PeftModel, accelerator: Accelerator, config: BenchConfig) -> nn.Module:
+    """The model cut and on its device: whole in each of several processes, or sharded over them."""
+    if config.speed.sharding == "fsdp" and accelerator.num_processes > 1:
+        quantised = config.model.load_in is not None
+        return sharded_model(model, accelerator.device, quantised=quantised, compiles=config.speed.compile)
+    return accelerator.prepare_model(CutModel(model))
 
 
 def _out_of_memory(problem: BaseException) -> bool:

@@ -22,7 +22,7 @@ from iterbatch.records.read import read_config
 from iterbatch.records.write import refuse_links, sweep, write_text
 
 # May differ when a run is resumed.
-RESUMABLE = ("strategies", "seeds", "save_dir", "log_with", "eval_batch_size", "checkpoint_every")
+RESUMABLE = ("strategies", "seeds", "save_dir", "log_with", "eval_batch_size", "checkpoint_every", "sharding")
 
 
 def resume_folder(resume: Path, save_dir: Path, run_name: str | None) -> Path:

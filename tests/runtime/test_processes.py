@@ -59,16 +59,20 @@ def _two(*command):
         {},
         {"lora_layers": "top:1", "reuse": "epoch", "epochs": 2, "match": "flops"},
         {"lora_layers": "top:1", "placement": "spaced", "gap": 1, "loss_threshold": 3.0},
+        {"sharding": "fsdp", "gradient_checkpointing": True},
+        {"sharding": "fsdp", "lora_layers": "top:1", "reuse": "epoch", "epochs": 2, "match": "flops"},
     ],
-    ids=["all layers", "reuse", "spaced"],
+    ids=["all layers", "reuse", "spaced", "sharded", "sharded, reuse"],
 )
 def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reuse):
     monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
+    # The gradient of a micro-batch is each process's own, unless it is sharded.
+    strategies = [*EQUAL, *(["gradient_noise"] if "sharding" in reuse else [])]
     shared = (
         tiny
         | reuse
         | {
-            "strategies": list(EQUAL),
+            "strategies": strategies,
             "probe_rate": 1.0,
             "probe_budget": 1.0,
             "grad_accum": 2,
@@ -84,7 +88,7 @@ def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reus
     done = _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "two")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Result") == 1  # one process talks
-    for strategy in EQUAL:
+    for strategy in strategies:
         pairs = [
             list(read_records(folder / strategy / "seed0" / "batches.jsonl", BatchRecord))
             for folder in (one, tmp_path / "two")
