@@ -86,7 +86,7 @@ def whole(value: Any) -> Any:
 
 
 def shard_like(value: Tensor, sharded: Any) -> Any:
-    """The share of a tensor that this process has, sharded as another one is; all of it where that is whole."""
+    """The share of a tensor that this process has, sharded as another is; all of it where that is whole."""
     if not hasattr(sharded, "full_tensor") or hasattr(value, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
