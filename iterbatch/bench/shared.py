@@ -199,7 +199,12 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
                 )
             plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
             if accelerator.is_main_process and not (run_dir / layout.MANIFEST).exists():
-                content = {**_manifest(prepared, plan), "compile_seconds": cold_start}
+                content = {
+                    **_manifest(prepared, plan),
+                    "processes": accelerator.num_processes,
+                    "sharding": config.speed.sharding if cut.sharded else "none",
+                    "compile_seconds": cold_start,
+                }
                 write_places(run_dir, config.flat())
                 write_json(run_dir / layout.MANIFEST, content)
             if listener.estimates and accelerator.num_processes == 1:  # its passes would wait for the others

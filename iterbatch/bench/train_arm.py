@@ -159,7 +159,7 @@ class ArmParts:
             "optimizer": _OptimizerState(passes.optimizer),
             "ledger": account.ledger,
             "step": step,
-            "random": RandomStates(),
+            "random": RandomStates(seed, lambda: account.ledger.passes, stream.batch_rows, job.listener.note),
         }
         if accelerator.scaler is not None:  # float16: every arm starts with the same loss scale
             accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())

@@ -20,7 +20,10 @@ from iterbatch.study.run import run as run_bench
 pytestmark = pytest.mark.slow
 
 EQUAL = ("abr", "learnable", "window", "excess", "fixed", "inverse")
+# The gradient of a micro-batch is each process's own, unless it is sharded.
+SHARDED = ("abr", "learnable", "excess", "gradient_noise")
 STOPPING = """
+import os
 import sys
 from iterbatch.bench.train_arm import SavePoints
 from iterbatch.runtime.processes import rank
@@ -30,7 +33,9 @@ real, places = SavePoints.here, [0]
 
 def stopping(points):
     places[0] += 1
-    if places[0] == 8 and rank() == 1:  # the process that does not write is told to stop
+    if places[0] == 8 and rank() == 1:  # the process that does not write is told to stop, or is killed
+        if os.environ.get("KILLED"):
+            os.kill(os.getpid(), 9)
         points.shared.interrupts.requested = 15
     real(points)
 
@@ -39,12 +44,13 @@ raise SystemExit(main(["train", *sys.argv[1:]]))
 """
 
 
-def _two(*command):
+def _two(*command, **more):
     """Run a script or module in two processes."""
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
+        **more,
     }
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return subprocess.run(
@@ -66,8 +72,7 @@ def _two(*command):
 )
 def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reuse):
     monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
-    # The gradient of a micro-batch is each process's own, unless it is sharded.
-    strategies = [*EQUAL, *(["gradient_noise"] if "sharding" in reuse else [])]
+    strategies = list(SHARDED if "sharding" in reuse else EQUAL)
     shared = (
         tiny
         | reuse
@@ -75,6 +80,7 @@ def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reus
             "strategies": strategies,
             "probe_rate": 1.0,
             "probe_budget": 1.0,
+            "prompts": 1,
             "grad_accum": 2,
             "max_train_tokens": 704,
             "save_dir": tmp_path,
@@ -110,7 +116,8 @@ def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reus
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
-def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypatch, sharding):
     monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
     shared = tiny | {
         "strategies": ["abr"],
@@ -118,6 +125,8 @@ def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypat
         "lora_layers": "top:1",
         "lora_dropout": 0.1,
         "loss_threshold": 3.0,
+        "prompts": 1,
+        "sharding": sharding,
         "save_dir": tmp_path,
     }
     file, script = tmp_path / "two.yaml", tmp_path / "stopping.py"
@@ -128,10 +137,51 @@ def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypat
     )
     stopped = _two(str(script), "--config", str(file), "--run_name", "disturbed")
     assert "train --resume" in " ".join(stopped.stdout.split()), stopped.stderr[-2000:]
-    with pytest.raises(RunError, match="made by 2"):
+    with pytest.raises(RunError, match="give --batch_size 4 --grad_accum 1"):
         run_bench(make_config(**shared, run_name="disturbed", resume=LAST))
     done = _two("-m", "iterbatch", "train", "--resume", str(tmp_path / "disturbed"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed after 8 passes" in done.stdout
     expected, found = (content(tmp_path / name) for name in ("undisturbed", "disturbed"))
     assert [name for name in expected if found.get(name) != expected[name]] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_killed_process_ends_the_job_and_one_process_finishes_the_run(
+    tiny, tmp_path, monkeypatch, sharding
+):
+    monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
+    shared = tiny | {
+        "strategies": ["baseline", "abr"],
+        "lora_layers": "top:1",
+        "loss_threshold": 3.0,
+        "grad_accum": 2,
+        "checkpoint_every": "1u",
+        "prompts": 1,
+        "save_dir": tmp_path,
+    }
+    one = run_bench(make_config(**shared, batch_size=2, run_name="one"))
+    file, script = tmp_path / "two.yaml", tmp_path / "stopping.py"
+    file.write_text(
+        dump_yaml(make_config(**shared, batch_size=1, sharding=sharding).flat()), encoding="utf-8"
+    )
+    script.write_text(STOPPING, encoding="utf-8")
+    killed = _two(str(script), "--config", str(file), "--run_name", "two", KILLED="1")
+    said = " ".join(killed.stderr.split())
+    assert killed.returncode == 1
+    assert "error: process 1 (pid" in said
+    assert "torchrun --nproc_per_node 2 -m iterbatch train --resume" in said
+    assert "iterbatch/" not in said.split("ChildFailedError")[0]  # no traceback of ours
+    with pytest.raises(RunError, match=r"made by 2 process\(es\) that shared 4 blocks.*give --batch_size 2"):
+        run_bench(make_config(**shared, batch_size=1, run_name="two", resume=LAST))
+    two = run_bench(make_config(**shared, batch_size=2, run_name="two", resume=LAST))
+    for strategy in shared["strategies"]:
+        first, second = (_records(folder, strategy) for folder in (one, two))
+        assert [each.losses for each in second] == [pytest.approx(each.losses, rel=1e-4) for each in first]
+        assert [each.flops for each in second] == [pytest.approx(each.flops) for each in first]
+    assert len(_records(two, "abr")) >= 4
+
+
+def _records(folder, strategy):
+    return list(read_records(folder / strategy / "seed0" / "batches.jsonl", BatchRecord))
