@@ -207,7 +207,7 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
                 }
                 write_places(run_dir, config.flat())
                 write_json(run_dir / layout.MANIFEST, content)
-            if listener.estimates and accelerator.num_processes == 1:  # its passes would wait for the others
+            if listener.estimates:
                 plan = with_seconds(plan, prepared.base, config)
             listener.planned(plan, run_dir)
             yield Shared(prepared, plan, model, placed, reuse, accelerator, interrupts, run_dir, compiled_for)

@@ -419,6 +419,7 @@ def _result(job: Job, parts: ArmParts, scores: Mapping[str, Score], memory: floa
         scaler_skips=ledger.scaler_skips,
         rollbacks=ledger.rollbacks,
         flops_lost=ledger.flops_lost,
+        processes=shared.accelerator.num_processes,
         arm=ArmSettings(arm.strategy, arm.source, arm.config.lr, arm.config.training.budget_share),
         base_text=shared.samples.metrics,
         stopped=parts.progress.stopped,

@@ -11,17 +11,19 @@ from conftest import ROOT
 
 from campaigns.crashes import content
 from iterbatch.checks import make_config
+from iterbatch.cli.main import main
 from iterbatch.config import LAST
-from iterbatch.errors import RunError
+from iterbatch.errors import ConfigError, RunError
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records.record import BatchRecord, read_records
+from iterbatch.runtime.processes import _check_devices
 from iterbatch.study.run import run as run_bench
 
 pytestmark = pytest.mark.slow
 
-EQUAL = ("abr", "learnable", "window", "excess", "fixed", "inverse")
+EQUAL = ("abr", "learnable", "window", "excess", "fixed", "inverse", "small_batches")
 # The gradient of a micro-batch is each process's own, unless it is sharded.
-SHARDED = ("abr", "learnable", "excess", "gradient_noise")
+SHARDED = ("abr", "learnable", "gradient_noise", "small_batches")
 STOPPING = """
 import os
 import sys
@@ -147,10 +149,7 @@ def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_a_killed_process_ends_the_job_and_one_process_finishes_the_run(
-    tiny, tmp_path, monkeypatch, sharding
-):
+def test_a_killed_process_ends_the_job_and_one_process_finishes_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
     shared = tiny | {
         "strategies": ["baseline", "abr"],
@@ -163,9 +162,7 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_the_run(
     }
     one = run_bench(make_config(**shared, batch_size=2, run_name="one"))
     file, script = tmp_path / "two.yaml", tmp_path / "stopping.py"
-    file.write_text(
-        dump_yaml(make_config(**shared, batch_size=1, sharding=sharding).flat()), encoding="utf-8"
-    )
+    file.write_text(dump_yaml(make_config(**shared, batch_size=1, sharding="fsdp").flat()), encoding="utf-8")
     script.write_text(STOPPING, encoding="utf-8")
     killed = _two(str(script), "--config", str(file), "--run_name", "two", KILLED="1")
     said = " ".join(killed.stderr.split())
@@ -181,6 +178,44 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_the_run(
         assert [each.losses for each in second] == [pytest.approx(each.losses, rel=1e-4) for each in first]
         assert [each.flops for each in second] == [pytest.approx(each.flops) for each in first]
     assert len(_records(two, "abr")) >= 4
+    page = (two / "report.md").read_text(encoding="utf-8")
+    assert "Processes: 1 and 2, layers sharded by FSDP" in page
+    assert "Batch: 4 blocks (2 micro-batches of 2)" in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_more_processes_than_blocks_train_as_one(tiny, tmp_path, monkeypatch, sharding):
+    """A block and a window: one of the processes has neither, and runs along."""
+    monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
+    strategies = ["abr", "excess", "small_batches"]
+    few = {"max_train_tokens": 32, "max_eval_tokens": 20, "epochs": 3, "reuse": "epoch", "prompts": 1}
+    more = {"strategies": strategies, "lora_layers": "top:1", "loss_threshold": 3.0, "save_dir": tmp_path}
+    shared = tiny | few | more
+    one = run_bench(make_config(**shared, batch_size=2, run_name="one"))
+    shutil.rmtree(tmp_path / "cache" / "activations")
+    file = tmp_path / "two.yaml"
+    file.write_text(
+        dump_yaml(make_config(**shared, batch_size=1, sharding=sharding).flat()), encoding="utf-8"
+    )
+    done = _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for strategy in strategies:
+        first, second = (_records(folder, strategy) for folder in (one, tmp_path / "two"))
+        assert [each.losses for each in second] == [pytest.approx(each.losses, rel=1e-4) for each in first]
+        assert [each.flops for each in second] == [pytest.approx(each.flops) for each in first]
+
+
+def test_only_train_shares_its_work_and_only_over_gpus_that_are_there(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert main(["compare", "study.yaml"]) == 2
+    assert "only iterbatch train shares its work" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("iterbatch.runtime.processes._on_cpu", lambda: False)
+    with pytest.raises(ConfigError, match=r"4 processes on a machine with 2 GPU\(s\)"):
+        _check_devices()
 
 
 def _records(folder, strategy):
