@@ -24,7 +24,7 @@ from iterbatch.model.base import PRECISION
 from iterbatch.model.compiled import Compiled, compiled
 from iterbatch.model.cut import CutModel
 from iterbatch.model.lora import reset_adapter
-from iterbatch.model.sharded import sharded_model
+from iterbatch.model.sharded import ShardedCutModel
 from iterbatch.model.weights import load_model
 from iterbatch.records import layout
 from iterbatch.records.machine import environment
@@ -220,8 +220,7 @@ def set_up(prepared: Prepared, run_dir: Path, listener: Listener) -> Iterator[Sh
 def _placed(model: PeftModel, accelerator: Accelerator, config: BenchConfig) -> nn.Module:
     """The model cut and on its device: whole in each of several processes, or sharded over them."""
     if config.speed.sharding == "fsdp" and accelerator.num_processes > 1:
-        quantised = config.model.load_in is not None
-        return sharded_model(model, accelerator.device, quantised=quantised, compiles=config.speed.compile)
+        return ShardedCutModel(model, accelerator.device)
     return accelerator.prepare_model(CutModel(model))
 
 

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from iterbatch.data.batch import MicroBatch
-from iterbatch.errors import ConfigError
-from iterbatch.language import _
 from iterbatch.model.cut import CutModel
 
 
@@ -62,6 +60,10 @@ class ShardedCutModel(CutModel):
         casts = torch.autocast(self._device.type, weight.dtype, enabled=weight.dtype != torch.float32)
         with torch.no_grad(), casts:
             self(hidden, MicroBatch(ids, ids))
+
+    def forward(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
+        """As of the model that is not sharded; a tensor of its own, since FSDP hooks what is returned."""
+        return super().forward(hidden, micro).clone()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -115,17 +117,3 @@ def whole_weights(*modules: nn.Module) -> Iterator[None]:
             module._parameters["weight"] = share
             with torch.no_grad():
                 share.copy_(shard_like(made.detach(), share))
-
-
-def sharded_model(model: Any, device: torch.device, *, quantised: bool, compiles: bool) -> ShardedCutModel:
-    """Shard a model over the processes.
-
-    Raises:
-        ConfigError: with settings under which torch cannot.
-    """
-    if quantised or compiles:
-        flag = "--load_in" if quantised else "--compile"
-        raise ConfigError(
-            _("--sharding fsdp cannot be used with {flag}; leave one of them out").format(flag=flag)
-        )
-    return ShardedCutModel(model, device)
