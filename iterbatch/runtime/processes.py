@@ -39,18 +39,27 @@ def _state() -> PartialState:
 
     if not _several():
         return PartialState(cpu=_on_cpu())
-    _check_devices()
+    _check_launch()
     return PartialState(cpu=_on_cpu(), timeout=TIMEOUT)
 
 
-def _check_devices() -> None:
-    """See that there are no more processes than GPUs on this machine: torch would say "invalid ordinal".
+def _check_launch() -> None:
+    """See that processes were started in a way that can be trained with.
 
     Raises:
-        ConfigError: then.
+        ConfigError: with more processes than GPUs on this machine, of which torch would say "invalid
+            ordinal"; and where Accelerate is to shard the model its own way.
     """
     import torch
 
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ConfigError(
+                _(
+                    "accelerate launch is set up for {name}; leave that out of it, and give --sharding fsdp "
+                    "where the model is too large for one GPU"
+                ).format(name=name)
+            )
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), torch.cuda.device_count()
     if not _on_cpu() and 0 < gpus < processes:
         raise ConfigError(

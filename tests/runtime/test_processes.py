@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from iterbatch.config import LAST
 from iterbatch.errors import ConfigError, RunError
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records.record import BatchRecord, read_records
-from iterbatch.runtime.processes import _check_devices
+from iterbatch.runtime.processes import _check_launch
 from iterbatch.study.run import run as run_bench
 
 pytestmark = pytest.mark.slow
@@ -232,6 +233,35 @@ def test_more_processes_than_blocks_train_as_one(tiny, tmp_path, monkeypatch, sh
         assert [each.flops for each in second] == [pytest.approx(each.flops) for each in first]
 
 
+BUSY = """
+import os
+import signal
+import time
+
+from iterbatch.runtime.peers import together
+from iterbatch.runtime.processes import rank
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with together() as peers:
+    peers.resume = "as before"
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # as one does that waits for a GPU
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
+def test_a_process_that_notices_nothing_is_ended_all_the_same(tmp_path):
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY, encoding="utf-8")
+    begun = time.monotonic()
+    done = _two(str(script))
+    said = " ".join(done.stderr.split())
+    assert "error: process 1 (pid" in said
+    assert "by: as before" in said
+    assert time.monotonic() - begun < 45  # its start included, beside other tests
+
+
 def test_only_train_shares_its_work_and_only_over_gpus_that_are_there(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -241,7 +271,10 @@ def test_only_train_shares_its_work_and_only_over_gpus_that_are_there(monkeypatc
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("iterbatch.runtime.processes._on_cpu", lambda: False)
     with pytest.raises(ConfigError, match=r"4 processes on a machine with 2 GPU\(s\)"):
-        _check_devices()
+        _check_launch()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"set up for FSDP.*give --sharding fsdp"):
+        _check_launch()
 
 
 def _records(folder, strategy):
