@@ -161,6 +161,7 @@ def check(config: BenchConfig) -> None:
     problems = [problem for group in groups for problem in range_problems(group)]
     problems += [*_strategy_problems(config), *_budget_problems(config)]
     problems += [*_adapter_problems(config), *_text_problems(config), *_run_problems(config)]
+    problems += _sharding_problems(config)
     if not re.fullmatch(LAYERS, config.model.lora_layers):
         given = config.model.lora_layers
         problems.append(
@@ -306,6 +307,18 @@ def _adapter_problems(config: BenchConfig) -> list[str]:
             )
         )
     return problems
+
+
+def _sharding_problems(config: BenchConfig) -> list[str]:
+    """What torch cannot shard: quantised weights, and layers that are compiled for their whole weights."""
+    if config.speed.sharding == "none":
+        return []
+    given = {"--load_in": config.model.load_in is not None, "--compile on": config.speed.compile == "on"}
+    return [
+        _("--sharding fsdp cannot be used with {flag}; leave one of them out").format(flag=flag)
+        for flag, is_given in given.items()
+        if is_given
+    ]
 
 
 def _text_problems(config: BenchConfig) -> list[str]:

@@ -472,6 +472,13 @@ class SpeedConfig:
             "Alone, the flag means on."
         ),
     ] = "auto"
+    sharding: Annotated[
+        Literal["none", "fsdp"],
+        Knob(
+            "Of several processes: each holds the whole model, or, by FSDP, a share of every layer and of "
+            "the optimizer. Does not change results."
+        ),
+    ] = "none"
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Settings(TypedDict, total=False):
     reuse_dtype: Literal["bfloat16", "float32"]
     reuse_limit_gb: float
     compile: Literal["auto", "on", "off"]
+    sharding: Literal["none", "fsdp"]
     # Strategies and their knobs
     strategies: "Sequence[str | type[BaseTrainingStrategy]]"
     source: str | None

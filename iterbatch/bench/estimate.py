@@ -17,7 +17,7 @@ from iterbatch.bench.price import Probe
 from iterbatch.config import BenchConfig
 from iterbatch.model.base import PRECISION, Base
 from iterbatch.model.lora import attach_adapter
-from iterbatch.runtime.processes import make_accelerator
+from iterbatch.runtime.processes import count, make_accelerator
 
 ROUNDS = 3  # after one to warm up
 
@@ -47,7 +47,12 @@ def flops_per_second(base: Base, config: BenchConfig) -> float:
 
 
 def with_seconds(plan: Plan, base: Base, config: BenchConfig) -> Plan:
-    """A plan that says how long training an arm will take here."""
+    """A plan that says how long training an arm will take here.
+
+    Of several processes none tries: the others would have to do the same.
+    """
+    if count() > 1:
+        return plan
     unit, budget = config.training.match, config.training.budget
     if unit == "seconds" and budget is not None:
         return dataclasses.replace(plan, seconds=budget)

@@ -28,6 +28,7 @@ from iterbatch.model.weights import load_model
 from iterbatch.records.origin import Origin
 from iterbatch.records.scored import Scored
 from iterbatch.reuse.run_stores import Texts
+from iterbatch.runtime.processes import count
 from iterbatch.strategy.own import SOURCES
 
 if TYPE_CHECKING:
@@ -215,7 +216,12 @@ def make_plan(prepared: Prepared, model: PeftModel, processes: int = 1, stored_b
         },
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         parameters=sum(p.numel() for p in model.parameters()),
-        memory_mb=memory_estimate_mb(model, config.training.batch_size, config.max_length),
+        memory_mb=memory_estimate_mb(
+            model,
+            config.training.batch_size,
+            config.max_length,
+            processes if config.speed.sharding == "fsdp" else 1,
+        ),
         price_ratio=flops.price_ratio([(config.training.batch_size, config.max_length)]) if reused else 1.0,
     )
 
@@ -228,7 +234,7 @@ def plan(config: BenchConfig) -> tuple[Prepared, Plan]:
         layouts = prepared.kept_texts.layouts(prepared.base.config.hidden_size, config.speed)
         stored = layouts["train"].capacity
     model = load_model(prepared.base, config.model, meta=True)
-    return prepared, make_plan(prepared, model, stored_blocks=stored)
+    return prepared, make_plan(prepared, model, count(), stored_blocks=stored)
 
 
 def make_stream(prepared: Prepared, seed: int, rank: int, world: int) -> BatchStream:

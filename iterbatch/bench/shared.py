@@ -14,6 +14,7 @@ from iterbatch.bench.base_losses import BaseLosses
 from iterbatch.bench.estimate import with_seconds
 from iterbatch.bench.listener import Listener
 from iterbatch.bench.prepare import Plan, Prepared, make_plan
+from iterbatch.config import BenchConfig
 from iterbatch.data.data_loader import order_digest
 from iterbatch.errors import ModelError, RunError
 from iterbatch.evaluation.generate import Sampling, generate, text_metrics
@@ -23,6 +24,7 @@ from iterbatch.model.base import PRECISION
 from iterbatch.model.compiled import Compiled, compiled, worth_compiling
 from iterbatch.model.cut import CutModel
 from iterbatch.model.lora import reset_adapter
+from iterbatch.model.sharded import ShardedCutModel
 from iterbatch.model.weights import load_model
 from iterbatch.records import layout
 from iterbatch.records.machine import environment
@@ -135,7 +137,9 @@ class Shared:
             for start in range(0, len(self.prompts), TOGETHER):
                 prompts, sampling = self.prompts[start : start + TOGETHER], Sampling(seed=start)
                 with self.accelerator.autocast():
-                    tokens += generate(self.model, prompts, tokenizer, sampling, greedy=greedy)
+                    tokens += generate(
+                        self.model, prompts, tokenizer, sampling, greedy=greedy, together=self.cut.sharded
+                    )
             texts[decoding] = [str(tokenizer.decode(text)) for text in tokens]
             metrics[decoding] = text_metrics(tokens)
         return Sample(texts, metrics)
@@ -184,7 +188,7 @@ def set_up(
     # Once a run: Accelerate silently skips a model that it has prepared before, and its gradients
     # would then not be
     # synchronised.
-    placed = accelerator.prepare_model(CutModel(model))
+    placed = _placed(model, accelerator, config)
     cut, shape = accelerator.unwrap_model(placed), (config.training.batch_size, config.max_length)
     wanted = _compile_wanted(prepared, model, accelerator, run_dir)
     try:
@@ -202,13 +206,16 @@ def set_up(
             cold_start = compiled_for.seconds if compiled_for is not None else 0.0
             plan = make_plan(prepared, model, accelerator.num_processes, reuse.stored_blocks)
             if accelerator.is_main_process and not (run_dir / layout.MANIFEST).exists():
-                content = _manifest(prepared, plan) | {
+                content = {
+                    **_manifest(prepared, plan),
+                    "processes": accelerator.num_processes,
+                    "sharding": config.speed.sharding if cut.sharded else "none",
                     "compiled": compiled_for is not None,
                     "compile_seconds": cold_start,
                 }
                 write_places(run_dir, config.flat())
                 write_json(run_dir / layout.MANIFEST, content)
-            if listener.estimates and accelerator.num_processes == 1:  # its passes would wait for the others
+            if listener.estimates:
                 plan = with_seconds(plan, prepared.base, config)
             listener.planned(plan, run_dir)
             yield Shared(prepared, plan, model, placed, reuse, accelerator, interrupts, run_dir, compiled_for)
@@ -226,6 +233,8 @@ def _compile_wanted(prepared: Prepared, model: PeftModel, accelerator: Accelerat
     config = prepared.config
     if config.speed.compile != "auto":
         return config.speed.compile
+    if config.speed.sharding != "none":
+        return "off"
     before = from_main(read_json(run_dir / layout.MANIFEST) if accelerator.is_main_process else None)
     if isinstance(before, dict):
         return "on" if before.get("compiled", before.get("compile_seconds", 0.0) > 0) else "off"
@@ -255,6 +264,13 @@ def _compiled(
                 )
             )
         yield made
+
+
+def _placed(model: PeftModel, accelerator: Accelerator, config: BenchConfig) -> nn.Module:
+    """The model cut and on its device: whole in each of several processes, or sharded over them."""
+    if config.speed.sharding == "fsdp" and accelerator.num_processes > 1:
+        return ShardedCutModel(model, accelerator.device)
+    return accelerator.prepare_model(CutModel(model))
 
 
 def _out_of_memory(problem: BaseException) -> bool:

@@ -32,6 +32,7 @@ from iterbatch.evaluation.perplexity import Score
 from iterbatch.language import _
 from iterbatch.model.flops import flop_model
 from iterbatch.model.lora import copy_adapter, reset_adapter, set_adapter
+from iterbatch.model.sharded import shard_like, whole
 from iterbatch.records import layout
 from iterbatch.records.machine import peak_memory_mb, reset_peak_memory
 from iterbatch.records.record import BatchRecord, read_records
@@ -75,7 +76,7 @@ class Progress:
 
 
 class _AdapterState:
-    """The adapter as a part of a checkpoint."""
+    """The adapter as a part of a checkpoint: whole, also where it is sharded."""
 
     def __init__(self, model: PeftModel) -> None:
         self._model = model
@@ -85,6 +86,32 @@ class _AdapterState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_adapter(self._model, state)
+
+
+class _OptimizerState:
+    """The optimizer likewise: its averages are sharded as its parameters are."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._optimizer.state_dict()
+        whole_of = {
+            number: {name: whole(value) for name, value in own.items()}
+            for number, own in state["state"].items()
+        }
+        return {**state, "state": whole_of}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        parameters = [each for group in self._optimizer.param_groups for each in group["params"]]
+        shares = {
+            number: {
+                name: shard_like(value, parameters[number]) if name != "step" else value
+                for name, value in own.items()
+            }
+            for number, own in state["state"].items()
+        }
+        self._optimizer.load_state_dict({**state, "state": shares})
 
 
 @dataclass(frozen=True)
@@ -129,10 +156,10 @@ class ArmParts:
         }
         live: dict[str, Part] = {
             "adapter": _AdapterState(shared.model),
-            "optimizer": passes.optimizer,
+            "optimizer": _OptimizerState(passes.optimizer),
             "ledger": account.ledger,
             "step": step,
-            "random": RandomStates(),
+            "random": RandomStates(seed, lambda: account.ledger.passes, stream.batch_rows, job.listener.note),
         }
         if accelerator.scaler is not None:  # float16: every arm starts with the same loss scale
             accelerator.scaler.load_state_dict(torch.amp.GradScaler().state_dict())
@@ -320,11 +347,14 @@ def _finish(job: Job, parts: ArmParts) -> None:
     job.listener.doing(_("scoring validation and test"))
     scores = {split: shared.score(split, between) for split in ("validation", "test")}
     parts.records.evaluation(scores["test"], "test", 1.0)
-    if not shared.accelerator.is_main_process:
+    job.listener.doing(_("writing samples"))
+    weights = copy_adapter(shared.model)
+    samples = shared.sample(between) if shared.cut.sharded or shared.accelerator.is_main_process else None
+    if samples is None or not shared.accelerator.is_main_process:
         return
     try:
         with whole_or_not(folder / layout.ADAPTER) as scratch:
-            shared.model.save_pretrained(str(scratch))
+            shared.model.save_pretrained(str(scratch), state_dict=weights)
             write_card(scratch, shared.prepared, job.arm, job.seed, scores)
     except SafetensorError as problem:  # what safetensors makes of a full disk
         where = folder / layout.ADAPTER
@@ -339,8 +369,7 @@ def _finish(job: Job, parts: ArmParts) -> None:
         name: {"tokens": each.document_tokens, "nats": each.document_nats} for name, each in scores.items()
     }
     write_json(folder / layout.DOCUMENTS, documents)
-    job.listener.doing(_("writing samples"))
-    samples, tokenizer = shared.sample(between), shared.prepared.base.tokenizer
+    tokenizer = shared.prepared.base.tokenizer
     content = {
         "prompts": [tokenizer.decode(prompt) for prompt in shared.prompts],
         "human": [tokenizer.decode(text) for text in shared.human],
@@ -390,6 +419,7 @@ def _result(job: Job, parts: ArmParts, scores: Mapping[str, Score], memory: floa
         scaler_skips=ledger.scaler_skips,
         rollbacks=ledger.rollbacks,
         flops_lost=ledger.flops_lost,
+        processes=shared.accelerator.num_processes,
         arm=ArmSettings(arm.strategy, arm.source, arm.config.lr, arm.config.training.budget_share),
         base_text=shared.samples.metrics,
         stopped=parts.progress.stopped,

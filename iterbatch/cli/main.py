@@ -179,6 +179,12 @@ def _run(given: list[str], console: Console) -> int:
                 given=given[0], allowed=allowed, near=did_you_mean(given[0], COMMANDS)
             )
         )
+    if given and given[0] in COMMANDS and given[0] != "train" and _several():
+        raise ConfigError(
+            _(
+                "only iterbatch train shares its work over processes; start iterbatch {command} without them"
+            ).format(command=given[0])
+        )
     kinds = [
         Annotated[kind, tyro.conf.subcommand(name, description=_described(name, given), prefix_name=False)]
         for name, (kind, _) in COMMANDS.items()
@@ -194,6 +200,11 @@ def _run(given: list[str], console: Console) -> int:
         use_underscores=True,
     )
     return command.execute(Words(given[0], given[1:]), console)
+
+
+def _several() -> bool:
+    """Whether torchrun, or accelerate launch, has started this as one of several."""
+    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
 
 
 def _described(name: str, given: list[str]) -> str:

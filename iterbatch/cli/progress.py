@@ -93,7 +93,7 @@ class RichListener(Listener):
                 batches=plan.batches,
                 arms=self.arms,
                 lasting=_lasting(plan, self.config, self.arms),
-                at_work=at_work(),
+                at_work=at_work(self.config),
                 run_dir=run_dir,
             )
         )
@@ -232,14 +232,16 @@ def _one_line(max_width: int | None = None) -> Column:
     return Column(no_wrap=True, overflow="ellipsis", max_width=max_width)
 
 
-def at_work() -> str:
-    """How many processes and threads train."""
+def at_work(config: BenchConfig) -> str:
+    """How many processes and threads train, and whether the processes share the layers."""
     import torch
 
     from iterbatch.runtime.processes import count
 
     processes, threads = count(), torch.get_num_threads()
-    return _("processes: {processes}, threads each: {threads}").format(processes=processes, threads=threads)
+    shared = _(", layers sharded by FSDP") if config.speed.sharding == "fsdp" and processes > 1 else ""
+    words = _("processes: {processes}, threads each: {threads}").format(processes=processes, threads=threads)
+    return f"{words}{shared}"
 
 
 def _loss_on(plan: Plan) -> str:
@@ -297,7 +299,7 @@ def plan_table(plan: Plan, config: BenchConfig, shares: float = 0.0, arms: int =
         _("price ratio of a repeat"): f"{plan.price_ratio:.2f}",
         _("peak memory, estimated"): f"{plan.memory_mb:,.0f} MB",
         **{_("scored of {split}").format(split=split): _scored(plan, split) for split in plan.scored},
-        _("processes"): at_work(),
+        _("processes"): at_work(config),
         _("arms"): _("{arms} arms x {seeds} seeds").format(arms=arms or strategies, seeds=seeds),
         _("time, estimated"): _("{about} an arm; {lasting}").format(
             about=about(plan.seconds), lasting=lasting

@@ -44,8 +44,11 @@ class Train(TrainFlags):
 def _plan(config: BenchConfig, console: Console) -> int:
     from iterbatch.bench.estimate import with_seconds
     from iterbatch.bench.prepare import plan
+    from iterbatch.runtime.processes import is_main
 
     prepared, planned = plan(config)
+    if not is_main():
+        return 0
     planned = with_seconds(planned, prepared.base, config)
     console.print(Text(dump_yaml(config.flat())))
     for note in prepared.notes:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ class MicroBatch:
     # Which item of its text each row is; empty where the only row is there for company.
     blocks: tuple[int, ...] | None = None
     rows_in_all: int = 0  # rows over all processes; 0 stands for the rows here
+    rank: int = 0  # of the process: it has every ``world``-th row, from this one on
+    world: int = 1
     ahead: Ahead | None = None
     # Number of tokens this micro-batch predicts; counted here, before it is on a device.
     label_tokens: int = -1
@@ -86,42 +89,47 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """Blocks in it, on this process."""
-        return sum(len(micro.input_ids) for micro in self.micro_batches)
+        """Blocks in it, over all processes."""
+        return sum(rows for rows, _ in self.shapes)
 
     def part(self, number: int, parts: int) -> "Batch":
         """One of ``parts`` shares of its rows, in their order, no two of which differ by more than a row.
 
-        Micro-batches as large as before.
-
-        With several processes each takes that share of its own rows; one that has none is given an
-        unlabelled row for company.
+        Micro-batches as large as before. Of several processes each takes those of its rows that are in the
+        share, and one that has none of a micro-batch is given an unlabelled row for company: all of them make
+        as many passes, and the shares are those of a single process.
         """
         ids, labels = (
             torch.cat([getattr(micro, name) for micro in self.micro_batches])
             for name in ("input_ids", "labels")
         )
-        blocks = [
-            block for micro in self.micro_batches for block in (micro.blocks or [None] * len(micro.input_ids))
-        ]
-        in_all = len(np.array_split(np.arange(sum(rows for rows, _ in self.shapes)), parts)[number])
-        share, size = np.array_split(np.arange(len(ids)), parts)[number], len(self.micro_batches[0].input_ids)
-        if not len(share):
-            nothing = torch.full_like(labels[:1], IGNORED)
-            return dataclasses.replace(
-                self, micro_batches=(MicroBatch(ids[:1], nothing, blocks=(), rows_in_all=in_all),)
-            )
+        places, blocks = self._places()
+        share, size = np.array_split(np.arange(self.rows), parts)[number], self.shapes[0][0]
         pieces = []
-        for start in range(0, len(share), size):
-            rows = share[start : start + size]
-            names = tuple(blocks[row] for row in rows)
-            whole = round(in_all * len(rows) / len(share))
-            pieces.append(
-                MicroBatch(
-                    ids[rows], labels[rows], blocks=None if None in names else names, rows_in_all=whole
-                )
-            )
+        for start in range(0, max(1, len(share)), size):
+            wanted = share[start : start + size]
+            rows = np.flatnonzero(np.isin(places, wanted))
+            if len(rows):
+                names = tuple(blocks[row] for row in rows)
+                known = None if None in names else names
+                piece = MicroBatch(ids[rows], labels[rows], blocks=known, rows_in_all=len(wanted))
+            else:
+                nothing = torch.full_like(labels[:1], IGNORED)
+                piece = MicroBatch(ids[:1], nothing, blocks=(), rows_in_all=len(wanted))
+            pieces.append(piece)
         return dataclasses.replace(self, micro_batches=tuple(pieces))
+
+    def _places(self) -> tuple[np.ndarray, list[Any]]:
+        """Of each row here: its place among those of all processes, -1 for company; and its block."""
+        places, blocks, before = [], [], 0
+        for micro, (in_all, _) in zip(self.micro_batches, self.shapes, strict=True):
+            rows = np.arange(len(micro.input_ids))
+            places.append(
+                np.full_like(rows, -1) if micro.blocks == () else before + micro.rank + rows * micro.world
+            )
+            blocks += micro.blocks or [None] * len(rows)
+            before += in_all
+        return np.concatenate(places), blocks
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""

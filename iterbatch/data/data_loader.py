@@ -142,7 +142,10 @@ class BatchStream:
         if len(share):
             trained = torch.from_numpy(self.blocks.trained[chosen][:, 1:])
             labels[:, :-1] = input_ids[:, 1:].where(trained, IGNORED)
-        return MicroBatch(input_ids, labels, blocks=tuple(int(row) for row in share), rows_in_all=len(rows))
+        names = tuple(int(row) for row in share)
+        return MicroBatch(
+            input_ids, labels, blocks=names, rows_in_all=len(rows), rank=self.rank, world=self.world
+        )
 
     def state_dict(self) -> dict[str, int]:
         """The cursor: batches handed out so far."""

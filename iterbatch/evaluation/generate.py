@@ -31,6 +31,7 @@ def generate(
     sampling: Sampling,
     *,
     greedy: bool,
+    together: bool = False,
 ) -> list[list[int]]:
     """Continue prompts of one length together.
 
@@ -40,6 +41,7 @@ def generate(
         tokenizer: For its EOS and padding ids; what the model's generation config ends with, ends too.
         sampling: Length, temperature, nucleus and seed.
         greedy: Take the likeliest token each time, instead of drawing.
+        together: Whether other processes do the same, and all must make as many forwards (a sharded model).
 
     Returns:
         The new token ids of each prompt, up to and without what ends it.
@@ -56,6 +58,7 @@ def generate(
         "max_new_tokens": sampling.new_tokens,
         "use_cache": True,
         "remove_invalid_values": True,
+        "synced_gpus": together,
     }  # an adapter that diverged may give NaN
     settings = getattr(model, "generation_config", None)
     end: Any = tokenizer.eos_token_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ def score(
 
     Args:
         model: A :class:`iterbatch.model.cut.CutModel`, not distributed: processes may do different
-            numbers of forwards.
+            numbers of forwards. Of a sharded one all do as many.
         text: Its windows are split over the processes.
         accelerator: Places, casts and reduces.
         source: Of the text's prefix activations.
@@ -112,14 +112,17 @@ def score(
         dtype=torch.float64,
         device=accelerator.device if accelerator.device.type != "mps" else "cpu",
     )
-    for group in groups[accelerator.process_index :: accelerator.num_processes]:
+    for group, counts in _shares(groups, accelerator, together=model.sharded):
         between()
         micro = collate([text.windows[index] for index in group], pad_id, padding_side)
         if padding_side == "right":  # what stands left of a window would change what is kept of it
-            micro = dataclasses.replace(micro, blocks=tuple(group))
+            micro = dataclasses.replace(micro, blocks=tuple(group) if counts else ())
         with torch.no_grad(), accelerator.autocast():
             micro = micro.to(accelerator.device)
             losses = model(source.fetch(micro)[0], micro).to(nats.device, torch.float64)
+        source.settle()
+        if not counts:
+            continue
         windows = [text.windows[index] for index in group]
         documents = torch.tensor([window.document for window in windows], device=nats.device)
         nats.index_add_(0, documents, losses.sum(dim=1))
@@ -127,10 +130,21 @@ def score(
             if window.ends:
                 last = len(window.input_ids) if padding_side == "right" else losses.shape[1]
                 nats[-1] += losses[row, last - 1]
-        source.settle()
     model.train(training)
     reduced: Any = accelerator.reduce(nats, "sum")
     *by_document, ends = reduced.tolist()
     return Score(
         math.fsum(by_document), text.tokens, text.words, text.bytes, by_document, text.document_tokens, ends
     )
+
+
+def _shares(
+    groups: list[list[int]], accelerator: Accelerator, *, together: bool
+) -> Iterator[tuple[list[int], bool]]:
+    """The groups that this process scores; ``together``: and others for company, which count elsewhere."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for start in range(0, len(groups), world):
+        if start + rank < len(groups):
+            yield groups[start + rank], True
+        elif together:
+            yield groups[start], False

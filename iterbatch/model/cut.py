@@ -24,6 +24,8 @@ class CutModel(nn.Module):
         model: A ``PeftModel`` over the LLaMA layer layout, or such a model without adapters.
     """
 
+    sharded = False  # whether a forward needs all processes: :mod:`iterbatch.model.sharded`
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         causal = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -49,6 +51,10 @@ class CutModel(nn.Module):
     def prefix(self, micro: MicroBatch) -> Tensor:
         """What enters the lowest adapted layer: (rows, length, width)."""
         return _through(self.frozen, micro, input_ids=micro.input_ids)
+
+    def wanted_by_any(self, wanted: bool) -> bool:
+        """Whether the forward that comes is to be made here, because this process has need of it."""
+        return wanted
 
     def forward(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """Cross-entropy of every position of a micro-batch, from its prefix activations.

@@ -173,17 +173,21 @@ def _layer_shape(layer: nn.Module, score_width: int) -> LayerShape:
     return LayerShape(*groups, score_width=score_width)
 
 
-def memory_estimate_mb(model: PeftModel, rows: int, length: int) -> float:
-    """A rough estimate of peak training memory.
+def memory_estimate_mb(model: PeftModel, rows: int, length: int, shares: int = 1) -> float:
+    """A rough estimate of peak training memory, of a process.
 
     Weights, adapter with gradient and two AdamW moments, activations of the adapted part.
 
     Activations are taken as 2 bytes for each of about 16 hidden-sized and 5 MLP-sized tensors a
-    layer and token, one chunk of logits as 6 bytes an entry.
+    layer and token, one chunk of logits as 6 bytes an entry. Of ``shares`` processes that share the layers
+    each holds a share, and two whole layers: the one that runs and the one that comes.
     """
     config = model.config
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    adapter = sum(p.numel() * 16 for p in model.parameters() if p.requires_grad)
+    weights = dict(model.named_parameters())
+    inner = sum(p.numel() * p.element_size() for name, p in weights.items() if ".layers." in name)
+    outer = sum(p.numel() * p.element_size() for name, p in weights.items() if ".layers." not in name)
+    frozen = outer + inner / shares + (2 * inner / config.num_hidden_layers if shares > 1 else 0)
+    adapter = sum(p.numel() * 12 for p in weights.values() if p.requires_grad) / shares
     adapted = sum(
         1
         for module in model.modules()

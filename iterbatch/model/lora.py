@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from iterbatch.config import INITS, ModelConfig
 from iterbatch.errors import ConfigError
 from iterbatch.language import _
+from iterbatch.model.sharded import shard_like, whole, whole_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,19 +101,23 @@ def reset_adapter(model: nn.Module, seed: int) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.lora_A:
-                module.reset_lora_parameters(name, init_lora_weights=kind)
+                with whole_weights(module.lora_A[name], module.lora_B[name]):
+                    module.reset_lora_parameters(name, init_lora_weights=kind)
 
 
 def copy_adapter(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapter's weights, a few megabytes."""
-    return {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    """A copy of the adapter's weights, a few megabytes.
+
+    Whole, also of a sharded model, whose processes must all ask.
+    """
+    return {name: whole(parameter.detach()).clone() for name, parameter in adapter_parameters(model).items()}
 
 
 def set_adapter(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Write saved weights into the adapter."""
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
-            parameter.copy_(weights[name])
+            parameter.copy_(shard_like(weights[name], parameter))
 
 
 def blank_adapter(model: nn.Module) -> dict[str, Tensor]:

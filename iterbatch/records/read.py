@@ -14,6 +14,7 @@ from iterbatch.plain_yaml import read_yaml
 from iterbatch.records import layout
 from iterbatch.records.origin import read_places
 from iterbatch.records.result import ArmResult, read_result
+from iterbatch.records.write import read_json
 
 SCORED = ("test", "validation")  # splits
 BAD_JSON = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -43,6 +44,13 @@ def read_config(run_dir: Path) -> dict[str, Any]:
             )
         )
     return {**content, **read_places(run_dir)}
+
+
+def processes_of(run_dir: Path) -> int | None:
+    """How many processes began a run; None where its manifest is not there, or does not say so."""
+    content = read_json(run_dir / layout.MANIFEST)
+    found = content.get("processes") if isinstance(content, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def settings_of(run_dir: Path) -> dict[str, Any]:

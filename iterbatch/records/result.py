@@ -77,6 +77,7 @@ class ArmResult:
     scaler_skips: int = 0
     rollbacks: int = 0
     flops_lost: float = 0.0
+    processes: int = 0  # that shared its batches when it ended; 0: not recorded
     arm: ArmSettings | None = None
     memorised: Mapping[str, GroupLoss] | None = None  # of the groups all, most and least
     text: TextMetrics = field(default_factory=dict)

@@ -43,6 +43,7 @@ def setup_of(cell: CellScores) -> dict[str, str]:
         _("Seeds"): " ".join(map(str, manifest.get("seeds") or settings.get("seeds") or ())),
         _("Frozen prefix"): _prefix(settings, manifest),
         _("Machine"): _machine(manifest),
+        _("Processes"): _processes(cell, manifest),
         _("Versions"): _versions(manifest),
         _("Date"): str(manifest.get("started", "")),
     }
@@ -175,6 +176,7 @@ def _batch(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     plan, size, micro = _part(manifest, "plan"), settings.get("batch_size"), settings.get("grad_accum") or 1
     if not isinstance(size, int) or not isinstance(micro, int):
         return ""
+    size *= _began(manifest) or 1  # each process has as many
     blocks = _("{count} blocks").format(count=size * micro) + (
         _(" ({micro} micro-batches of {size})").format(micro=micro, size=size) if micro > 1 else ""
     )
@@ -220,6 +222,20 @@ def _machine(manifest: Mapping[str, Any]) -> str:
         _count(hardware.get("threads"), _("threads a process")),
         (", ".join(map(str, gpus)) or _("no GPU")) if hardware else "",
     )
+
+
+def _began(manifest: Mapping[str, Any]) -> int:
+    """How many processes began the run; 0 where an earlier version did not say so."""
+    found = manifest.get("processes")
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0
+
+
+def _processes(cell: CellScores, manifest: Mapping[str, Any]) -> str:
+    """How many shared each batch, and how; all numbers where a run was resumed by another one."""
+    results = [seed.result for arm in cell.arms for seed in arm.finished if seed.result is not None]
+    numbers = sorted({_began(manifest), *(each.processes for each in results)} - {0})
+    shares = _("layers sharded by FSDP") if manifest.get("sharding") == "fsdp" else ""
+    return _joined(_(" and ").join(map(str, numbers)), shares)
 
 
 def _versions(manifest: Mapping[str, Any]) -> str:

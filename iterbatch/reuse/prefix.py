@@ -57,6 +57,8 @@ class PrefixSource:
             (rows, length, width) on the device in the model's dtype, and where they came from.
         """
         if self.store is None or not micro.blocks:
+            if self.store is not None:
+                self.model.wanted_by_any(True)
             return self._compute(micro, micro.blocks).to(self._dtype), Receipt(computed=_counted(micro))
         ahead = micro.ahead or self.read_ahead(micro.blocks, micro.input_ids.shape)
         hidden, seconds = ahead.hidden.to(self.device, non_blocking=True), list(ahead.seconds)
@@ -69,6 +71,8 @@ class PrefixSource:
             for row, known in zip(missing, late.seconds, strict=True):
                 seconds[row] = known
             missing = [row for row in missing if seconds[row] is None]
+        if self.model.wanted_by_any(bool(missing)) and not missing:
+            self.model.prefix(_rows(micro, [0]))  # along with the processes that compute theirs
         if missing:
             computed = self._compute(_rows(micro, missing), [micro.blocks[row] for row in missing])
             hidden = hidden.to(computed.dtype).index_copy(

@@ -17,6 +17,7 @@ from iterbatch.data.corpus import SPLITS
 from iterbatch.errors import ConfigError
 from iterbatch.language import _
 from iterbatch.model.cut import CutModel
+from iterbatch.model.sharded import whole
 from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.reuse.store import DTYPES, ActivationStore, Layout, Warn, stores_folder
 from iterbatch.runtime.processes import from_main, is_main
@@ -175,7 +176,7 @@ def weights_digest(model: CutModel) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in sorted(model.frozen.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(whole(value.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -158,30 +158,35 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 class RandomStates:
-    """Every global random state, of all processes."""
+    """Every global random state, of all processes.
+
+    Args:
+        seed: Of the arm.
+        passes: Tells how many have been made.
+        batch_rows: Blocks of a batch, over all processes.
+        warn: Is notified where states cannot be carried over.
+    """
+
+    def __init__(self, seed: int, passes: Callable[[], int], batch_rows: int, warn: Warn) -> None:
+        self._seed, self._passes, self._batch_rows, self._warn = seed, passes, batch_rows, warn
 
     def state_dict(self) -> dict[str, Any]:
         """Python's, NumPy's, torch's, and each GPU's, a process."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - a user's may draw from it
         mine = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
-        return {"processes": gathered(mine)}
+        return {"processes": gathered(mine), "batch_rows": self._batch_rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from saved states.
+        """Continue from saved states; from new ones where there were more or fewer processes.
 
         Raises:
-            RunError: where there were more or fewer processes: they share each batch, so their
-                number belongs to the experiment.
+            RunError: where these then share another batch.
         """
         saved = state["processes"]
         if len(saved) != count():
-            raise RunError(
-                _(
-                    "the run was made by {count} process(es) and cannot be resumed by {count2}; start it "
-                    "with as many as before"
-                ).format(count=len(saved), count2=count())
-            )
+            self._begin_anew(len(saved), state.get("batch_rows"))
+            return
         mine = saved[rank()]
         version, inner, gauss = mine["python"]
         random.setstate((version, tuple(inner), gauss))
@@ -189,6 +194,28 @@ class RandomStates:
         torch.set_rng_state(mine["torch"])
         if mine["cuda"]:
             torch.cuda.set_rng_state_all(mine["cuda"])
+
+    def _begin_anew(self, before: int, rows: int | None) -> None:
+        """States of their own for other processes, set by seed, passes and rank alone."""
+        if rows != self._batch_rows:  # an earlier version did not keep it
+            raise RunError(
+                _(
+                    "the run was made by {count} process(es) and cannot be resumed by {count2}, which would "
+                    "share another batch; start it with as many as before"
+                ).format(count=before, count2=count())
+            )
+        drawn = np.random.SeedSequence([self._seed, self._passes(), rank(), count()])
+        first, second, third = (int(each) for each in drawn.generate_state(3, np.uint32))
+        random.seed(first)
+        np.random.seed(second)  # noqa: NPY002 - a user's may draw from it
+        torch.manual_seed(third)  # each GPU's, too
+        self._warn(
+            _(
+                "{count2} process(es) resume what {count} began: random states cannot be carried over, and "
+                "are drawn anew from seed, pass and process. Dropout differs; all else is equal to "
+                "rounding"
+            ).format(count=before, count2=count())
+        )
 
 
 class Checkpoints:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from iterbatch.errors import ConfigError
+from iterbatch.language import _
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
+
+
+# A process may wait that long for the main one, which writes samples and the report alone. One that is
+# gone is noticed in seconds: :mod:`iterbatch.runtime.peers`.
+TIMEOUT = timedelta(hours=2)
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -20,6 +29,7 @@ def make_accelerator(precision: str) -> Accelerator:
 
     # Precision is global to a process in Accelerate; runs of one process may differ.
     AcceleratorState._reset_state()
+    _state()  # with what it says of timeouts and devices
     return Accelerator(mixed_precision=precision, cpu=_on_cpu())
 
 
@@ -27,7 +37,37 @@ def _state() -> PartialState:
     """Accelerate's view of the processes, whichever of it and the Accelerator is asked for first."""
     from accelerate import PartialState
 
-    return PartialState(cpu=_on_cpu())
+    if not _several():
+        return PartialState(cpu=_on_cpu())
+    _check_launch()
+    return PartialState(cpu=_on_cpu(), timeout=TIMEOUT)
+
+
+def _check_launch() -> None:
+    """See that processes were started in a way that can be trained with.
+
+    Raises:
+        ConfigError: with more processes than GPUs on this machine, of which torch would say "invalid
+            ordinal"; and where Accelerate is to shard the model its own way.
+    """
+    import torch
+
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ConfigError(
+                _(
+                    "accelerate launch is set up for {name}; leave that out of it, and give --sharding fsdp "
+                    "where the model is too large for one GPU"
+                ).format(name=name)
+            )
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), torch.cuda.device_count()
+    if not _on_cpu() and 0 < gpus < processes:
+        raise ConfigError(
+            _(
+                "{processes} processes on a machine with {gpus} GPU(s); give --nproc_per_node {gpus}, or set "
+                "ACCELERATE_USE_CPU=true to train without them"
+            ).format(processes=processes, gpus=gpus)
+        )
 
 
 def _on_cpu() -> bool:
@@ -35,8 +75,11 @@ def _on_cpu() -> bool:
     import torch
     from accelerate.utils import parse_flag_from_env
 
-    several = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (_several() and not torch.accelerator.is_available())
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
 
 
 def is_main() -> bool:

@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -18,11 +20,13 @@ from iterbatch.errors import RunError, typed
 from iterbatch.language import _
 from iterbatch.plain_yaml import dump_yaml
 from iterbatch.records.layout import CONFIG, HOLDER, LOCK, TRACKING
-from iterbatch.records.read import read_config
+from iterbatch.records.read import processes_of, read_config
 from iterbatch.records.write import refuse_links, sweep, write_text
+from iterbatch.runtime.processes import count
 
 # May differ when a run is resumed.
-RESUMABLE = ("strategies", "seeds", "save_dir", "log_with", "eval_batch_size", "checkpoint_every")
+RESUMABLE = ("strategies", "seeds", "save_dir", "log_with", "eval_batch_size", "checkpoint_every", "sharding")
+PER_PROCESS = ("batch_size", "grad_accum")  # may differ where processes do, if the batch does not
 
 
 def resume_folder(resume: Path, save_dir: Path, run_name: str | None) -> Path:
@@ -117,10 +121,19 @@ def run_content(folder: Path) -> list[Path]:
 
 def _check_same_experiment(config: BenchConfig, folder: Path) -> None:
     then, now = read_config(folder), config.flat()
+    free = RESUMABLE
+    before = processes_of(folder)
+    if (
+        before is not None
+        and before != count()
+        and all(isinstance(then.get(key), int) for key in PER_PROCESS)
+    ):
+        _check_same_batch(folder, then, now, before)
+        free = (*RESUMABLE, *PER_PROCESS)
     changed = [
         _("--{key} was {then}, now {value}").format(key=key, then=then.get(key), value=value)
         for key, value in now.items()
-        if key not in RESUMABLE and then.get(key) != value and not _same_place(key, then.get(key), value)
+        if key not in free and then.get(key) != value and not _same_place(key, then.get(key), value)
     ]
     if changed:
         raise RunError(
@@ -129,6 +142,33 @@ def _check_same_experiment(config: BenchConfig, folder: Path) -> None:
                 "another --run_name"
             ).format(folder=folder, names="; ".join(changed))
         )
+
+
+def _check_same_batch(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], before: int) -> None:
+    """See that more or fewer processes than before share the same batch.
+
+    Raises:
+        RunError: with the settings under which they would.
+    """
+    rows = math.prod(then[key] for key in PER_PROCESS) * before
+    if math.prod(now[key] for key in PER_PROCESS) * count() == rows:
+        return
+    mine, left = divmod(rows, count())
+    if left:
+        how = _("that many processes cannot share them evenly; take a number that divides {rows}").format(
+            rows=rows
+        )
+    else:
+        accum = math.gcd(then["grad_accum"], mine)
+        how = _("give --batch_size {size} --grad_accum {accum} with --resume").format(
+            size=mine // accum, accum=accum
+        )
+    raise RunError(
+        _(
+            "{folder} was made by {before} process(es) that shared {rows} blocks a batch, and is to be "
+            "resumed by {count}: {how}"
+        ).format(folder=folder, before=before, rows=rows, count=count(), how=how)
+    )
 
 
 def _same_place(key: str, then: object, now: object) -> bool:

@@ -10,11 +10,13 @@ from pathlib import Path
 from iterbatch.bench.arm import arms_of
 from iterbatch.bench.listener import Listener
 from iterbatch.config import BenchConfig
-from iterbatch.errors import RunError
+from iterbatch.errors import RunError, typed
 from iterbatch.language import _
 from iterbatch.report.comparison import CellScores
-from iterbatch.runtime.processes import from_main, is_main
+from iterbatch.runtime.peers import together
+from iterbatch.runtime.processes import count, from_main, is_main
 from iterbatch.runtime.run_folder import find_folder, hold, locked
+from iterbatch.strategy import own
 from iterbatch.study.engines.in_process import InProcess
 from iterbatch.study.pairs import Cell, Engine, Study, pairs_of, run_pairs
 from iterbatch.study.study_folder import begin, keep, keep_tuning
@@ -34,15 +36,23 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
         UserError: before any training, where something the user gave cannot be used.
         Stopped: where it was asked to stop; a checkpoint has been made.
     """
-    run_dir = from_main(find_folder(config) if is_main() else None)
-    study = Study(run_dir.name, (Cell("", config, arms_of(config)),))
-    engine = InProcess(study.cells, listener or Listener())
-    with hold(run_dir, config) if is_main() else contextlib.nullcontext():
-        if is_main():
-            keep(study, run_dir)
-        run_pairs(pairs_of(study, run_dir), engine)
-    from_main(None)  # no process goes on before everything is written
+    with together() as peers:
+        run_dir = from_main(find_folder(config) if is_main() else None)
+        peers.resume = _resume(run_dir, config)
+        study = Study(run_dir.name, (Cell("", config, arms_of(config)),))
+        engine = InProcess(study.cells, listener or Listener())
+        with hold(run_dir, config) if is_main() else contextlib.nullcontext():
+            if is_main():
+                keep(study, run_dir)
+            run_pairs(pairs_of(study, run_dir), engine)
+        from_main(None)  # no process goes on before everything is written
     return run_dir
+
+
+def _resume(run_dir: Path, config: BenchConfig) -> str:
+    """The command that resumes a run of several processes."""
+    launch = ("torchrun", "--nproc_per_node", count(), "-m", "iterbatch")
+    return typed(*launch, "train", "--resume", run_dir, *own.named_again(config.strategy.strategies))
 
 
 def compare(

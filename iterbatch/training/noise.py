@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from iterbatch.data.batch import MicroBatch
 from iterbatch.training.open_batch import OpenBatch
 
 if TYPE_CHECKING:
@@ -34,9 +33,10 @@ def noise_and_signal(small: float, large: float, rows_small: float, rows_large: 
 
 
 class GradientNoise:
-    """Averages over fresh passes. Of several processes each looks at its own micro-batches but the last.
+    """Averages over fresh passes, from all micro-batches of a batch but the last.
 
-    The last one's gradient is synchronised with what was accumulated before, and belongs to all.
+    Of several processes each looks at its own: the last one's gradient is synchronised with what was
+    accumulated before, and belongs to all. Those of a sharded model look at each micro-batch together.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -53,17 +53,22 @@ class GradientNoise:
             return math.nan
         return self._noise / self._signal if self._signal > 0 else math.inf
 
-    def micro_batch(self, gradients: list[Tensor], micro: MicroBatch, batch: OpenBatch) -> None:
-        """Look at what a micro-batch has added to the gradient."""
+    def micro_batch(self, gradients: list[Tensor], rows: int, share: float) -> None:
+        """Look at what a micro-batch has added to the gradient.
+
+        Args:
+            gradients: With what was accumulated before.
+            rows: Of the micro-batch.
+            share: Of the batch's label tokens, that its loss was weighted with.
+        """
         flat = torch.cat([gradient.detach().flatten().float() for gradient in gradients])
         added = flat if self._before is None else flat - self._before
         self._before = flat
-        if micro.label_tokens:
-            whole = batch.label_tokens / (self._accelerator.num_processes * micro.label_tokens)
+        if share:
             scaler = self._accelerator.scaler
-            factor = whole / (1.0 if scaler is None else scaler.get_scale())
+            factor = 1 / share / (1.0 if scaler is None else scaler.get_scale())
             self._squares.append(float((factor * added).square().sum()))
-            self._rows.append(len(micro.input_ids))
+            self._rows.append(rows)
 
     def batch(self, norm: float, batch: OpenBatch, totals: Any) -> None:
         """Take a whole batch in: its gradient's norm, before clipping."""

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from iterbatch.data.batch import MicroBatch
 from iterbatch.model.lora import adapter_parameters
+from iterbatch.model.sharded import whole
 from iterbatch.training.noise import GradientNoise
 from iterbatch.training.open_batch import OpenBatch
 
@@ -81,6 +83,7 @@ class Passes:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.clip_norm = clip_norm
         self._parameters = list(adapter_parameters(model).values())
+        self._sharded = getattr(model, "sharded", False)
 
     def make(
         self,
@@ -95,10 +98,12 @@ class Passes:
         ``noise`` looks at the gradient of each micro-batch.
         """
         self.take_rate(rate)
+        watched = noise is not None and self._sharded  # there a gradient can be seen when it is synchronised
         nats, last = torch.zeros((), device=self.accelerator.device), len(batch.batch.micro_batches) - 1
         # ------------------------------------------------------------------------------------------------
         for index, micro in enumerate(batch.batch.micro_batches):
-            with contextlib.nullcontext() if index == last else self.accelerator.no_sync(self.model):
+            apart = index < last and not watched
+            with self.accelerator.no_sync(self.model) if apart else contextlib.nullcontext():
                 with self.accelerator.autocast():
                     micro_nats = self.model(batch.hidden(index), micro).sum()
                 # Gradients are averaged over processes: times their number, over all label tokens, makes that
@@ -106,10 +111,10 @@ class Passes:
                 self.accelerator.backward(micro_nats * (self.accelerator.num_processes / batch.label_tokens))
             nats += micro_nats.detach()
             if noise is not None and index < last:
-                noise.micro_batch(self._gradients, micro, batch)
+                self._look(noise, micro, batch)
         if adjust is not None and math.isfinite(known := float(self.total(nats)) / batch.label_tokens):
             adjust(known)
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm))
+        norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm)))
         norm = norm.to(self.accelerator.device, torch.float32)
         self._skip_where_not_finite(norm)
         self.optimizer.step()
@@ -135,9 +140,14 @@ class Passes:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    @property
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+    def _look(self, noise: GradientNoise, micro: MicroBatch, batch: OpenBatch) -> None:
+        """Show the gradient so far: this process's own, or that of all of them where the model is sharded."""
+        rows, tokens = len(micro.input_ids), float(micro.label_tokens)
+        if self._sharded:
+            rows, tokens = micro.rows_in_all, self.totals(tokens)[0] / self.accelerator.num_processes
+        share = tokens * self.accelerator.num_processes / batch.label_tokens
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        noise.micro_batch([whole(gradient) for gradient in gradients], rows, share)
 
     def weigh_gradient(self, weight: float) -> None:
         """Multiply the gradient that is there."""

@@ -172,7 +172,8 @@ def _record(loss, gradient_norm=1.0):
 
 
 def test_random_states_go_on_where_they_were():
-    states = RandomStates()
+    notes = []
+    states = RandomStates(0, lambda: 5, 8, notes.append)
     saved = unpack(*_packed(states.state_dict()))
     first = (torch.rand(3), np.random.rand(3), __import__("random").random())  # noqa: NPY002
     states.load_state_dict(saved)
@@ -180,8 +181,16 @@ def test_random_states_go_on_where_they_were():
     assert torch.equal(first[0], again[0])
     assert np.array_equal(first[1], again[1])
     assert first[2] == again[2]
+    assert not notes
+    two = {"processes": saved["processes"] * 2}
     with pytest.raises(RunError, match=r"made by 2 process\(es\) and cannot be resumed by 1"):
-        states.load_state_dict({"processes": saved["processes"] * 2})
+        states.load_state_dict(two)  # of an earlier version, which did not say how large a batch was
+    drawn = []
+    for _ in range(2):
+        states.load_state_dict(two | {"batch_rows": 8})
+        drawn.append((float(torch.rand(())), float(np.random.rand()), __import__("random").random()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
+    assert "drawn anew" in notes[0]
 
 
 def _packed(state):
