@@ -23,6 +23,11 @@ from iterbatch.strategy.for_loop import Given, needs_no_more_than_passes, strate
 from iterbatch.training.budget import Allowance, Ledger
 from iterbatch.training.whole_step import UNLIMITED, FollowingStep, UnmeasuredPass, Window
 
+AUTOMATIC = (
+    "configure_gradient_clipping",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)  # of Lightning's own loop
 NAME = "iterbatch"  # of what is kept in a checkpoint
 
 
@@ -69,6 +74,13 @@ class RepeatMixin:
             )
         if accumulate < 1 or (budget is not None and budget < 1):
             raise ConfigError(_("accumulate and budget are whole numbers from 1 on"))
+        own = [name for name in AUTOMATIC if getattr(type(self), name) is not getattr(LightningModule, name)]
+        if own:
+            raise ConfigError(
+                _(
+                    "{name} overrides {own}, which Lightning does not ask where optimisation is by hand"
+                ).format(name=type(self).__name__, own=", ".join(own))
+            )
         chosen = strategy_for_loop(strategy, seed, dict(knobs or {}), probes=bool(probe))
         needs_no_more_than_passes(chosen)
         module.automatic_optimization = False
@@ -83,6 +95,16 @@ class RepeatMixin:
         """As the module's; what a repeat would log is left out, so that means are those of batches."""
         if not self.repeats.passes.making:
             super().log(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def on_fit_start(self) -> None:
+        """See that the budget can end training."""
+        super().on_fit_start()  # pyright: ignore[reportAttributeAccessIssue]
+        self.repeats.check_end()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip, where gradients are no longer scaled."""
+        super().on_before_optimizer_step(optimizer)  # pyright: ignore[reportAttributeAccessIssue]
+        self.repeats.passes.clip(optimizer)
 
     def on_train_epoch_end(self) -> None:
         """Schedulers that step once an epoch do."""
@@ -118,6 +140,18 @@ class Repeats:
         amount = UNLIMITED if budget is None else budget
         self.allowance = Allowance("updates", amount, amount)
         self.step = FollowingStep(passes, self.ledger, self.allowance, probe=probe)
+
+    def check_end(self) -> None:
+        """See that Lightning lets a budget end training.
+
+        Raises:
+            ConfigError: where it is told to go on.
+        """
+        trainer = self.passes.module.trainer
+        if self.allowance.amount < UNLIMITED and (trainer.min_epochs or trainer.min_steps):
+            raise ConfigError(
+                _("a budget cannot end training before min_epochs or min_steps; leave them out")
+            )
 
     def micro_batch(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Take a micro-batch; make the updates where it is the last of its window."""
@@ -219,6 +253,13 @@ class ModulePasses:
             for part, training in modes.items():
                 part.training = training
 
+    def clip(self, optimizer: Any) -> None:
+        """Clip the gradient of an update that is about to be made."""
+        if self._clip_norm is not None:
+            self.module.clip_gradients(
+                optimizer, gradient_clip_val=self._clip_norm, gradient_clip_algorithm="norm"
+            )
+
     def step_schedulers(self, interval: str) -> None:
         """Step those of an interval, as automatic optimisation does after a batch or an epoch."""
         trainer = self.module.trainer
@@ -252,10 +293,6 @@ class ModulePasses:
 
     def _update(self) -> UnmeasuredPass:
         optimizer = self._optimizer
-        if self._clip_norm is not None:
-            self.module.clip_gradients(
-                optimizer, gradient_clip_val=self._clip_norm, gradient_clip_algorithm="norm"
-            )
         optimizer.step()
         optimizer.zero_grad()
         made, self._sum = self._sum, None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from iterbatch.data.batch import IGNORED
 from iterbatch.errors import ModelError
 from iterbatch.integrations.allowance import LoopAllowance
 from iterbatch.model.base import SUPPORTED
-from iterbatch.model.flops import FlopModel, Shape, flop_model
+from iterbatch.model.flops import FlopModel, flop_model
 from iterbatch.reuse.in_model import PrefixReuse, reuse_of
 from iterbatch.training.budget import Ledger
 from iterbatch.training.passes import Pass
@@ -26,6 +27,18 @@ class TrainerWindow(Window):
     """A window, with the count that the Trainer divides its loss by."""
 
     items: Any = None
+
+
+@contextlib.contextmanager
+def _own_metrics_kept(trainer: Any) -> Iterator[None]:
+    """TRL's trainers average what every ``compute_loss`` finds: what is found here is left out of it."""
+    names = [name for name in ("_metrics", "_total_train_tokens") if hasattr(trainer, name)]
+    before = {name: copy.deepcopy(getattr(trainer, name)) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(trainer, name, value)
 
 
 class TrainerPasses:
@@ -82,6 +95,10 @@ class TrainerPasses:
 
     def make(self, window: Window) -> Pass:
         """One more pass over a window, with its update."""
+        with _own_metrics_kept(self._trainer):
+            return self._make(window)
+
+    def _make(self, window: Window) -> Pass:
         assert isinstance(window, TrainerWindow)
         trainer, model, last = self._trainer, self._model, len(window.micro_batches) - 1
         self._follow_budget_within_a_batch()
@@ -124,14 +141,18 @@ class TrainerPasses:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            with trainer.compute_loss_context_manager():
+            with _own_metrics_kept(trainer), trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
         finally:
             for module, training in modes.items():
                 module.training = training
-        return self._mean(loss.detach().float())
+        return self._mean(loss.detach().float().mean())
 
     # -- schedule --------------------------------------------------------------------------------------------
+
+    def forget_model(self) -> None:
+        """Training begins, perhaps on another model."""
+        self._model = self._prices = self._reuse = None
 
     def follow_budget(self) -> None:
         """Have the trainer's schedule, which moves on after this, stand where the budget is spent."""
@@ -164,14 +185,19 @@ class TrainerPasses:
         """Of a window, over all processes."""
         trainer = self._trainer
         if items is not None and trainer.args.average_tokens_across_devices:
-            return int(items)
+            # One for each GPU of a DataParallel, all alike.
+            return int(items.flatten()[0] if isinstance(items, Tensor) else items)
         labels = [micro["labels"] for micro in window if isinstance(micro.get("labels"), Tensor)]
-        count = sum(int((each[..., 1:] != IGNORED).sum()) for each in labels if each.ndim > 1)
-        return round(self._mean(torch.tensor(float(count), device=trainer.args.device))) * self._processes
+        return round(
+            self.totals(sum(int((each[..., 1:] != IGNORED).sum()) for each in labels if each.ndim > 1))[0]
+        )
 
-    @property
-    def _processes(self) -> int:
-        return self._trainer.accelerator.num_processes
+    def totals(self, *values: float) -> list[float]:
+        """Sums over processes of numbers that differ between them: whoever decides by them decides alike."""
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1:
+            return list(values)
+        return accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum").tolist()
 
     def _look_at_model(self) -> None:
         """Price passes as our own loop does, where the model is a LLaMA with LoRA."""
@@ -185,16 +211,12 @@ class TrainerPasses:
         """Of the pass that was just made over a window, and of one that is given all of its prefix."""
         if self._prices is None:
             whole = sum(float(self._trainer.floating_point_ops(micro)) for micro in window.micro_batches)
-            return whole * self._processes, whole * self._processes
-        shapes = [_shape(micro, self._processes) for micro in window.micro_batches]
-        whole = self._prices.fresh(shapes)
-        if self._reuse is None:
+            whole = self.totals(whole)[0]
             return whole, whole
-        given = self._prices.repeat(shapes)
-        computed = [(rows * self._processes, length) for rows, length in self._reuse.take_computed()]
-        return given + self._prices.prefix.of(computed), given
-
-
-def _shape(micro: Mapping[str, Any], processes: int) -> Shape:
-    rows, length = micro["input_ids"].shape
-    return rows * processes, length
+        shapes = [tuple(micro["input_ids"].shape) for micro in window.micro_batches]
+        given, prefix = self._prices.repeat(shapes), self._prices.prefix.of(shapes)
+        if self._reuse is None:
+            whole = self.totals(given + prefix)[0]
+            return whole, whole
+        made, given = self.totals(given + self._prices.prefix.of(self._reuse.take_computed()), given)
+        return made, given

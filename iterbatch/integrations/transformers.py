@@ -7,6 +7,7 @@ Trainer's own, and one pass a batch is the Trainer as it is, to the last bit.
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,14 +30,20 @@ from iterbatch.strategy.for_loop import Given, needs_no_more_than_passes, strate
 from iterbatch.training.budget import Ledger
 from iterbatch.training.whole_step import FollowingStep
 
-SAMPLE_THEIR_OWN = {
-    "GRPOTrainer",
-    "RLOOTrainer",
-    "OnlineDPOTrainer",
-    "PPOTrainer",
-    "NashMDTrainer",
-    "XPOTrainer",
-}
+SAMPLING = (
+    "GRPO",
+    "RLOO",
+    "PPO",
+    "OnlineDPO",
+    "NashMD",
+    "XPO",
+    "GKD",
+    "GOLD",
+    "Distillation",
+    "SDFT",
+    "SDPO",
+)
+SAMPLES = ("_generate_and_score_completions", "generate_on_policy_outputs")  # methods of trainers that do
 IN_BACKWARD = ("lomo", "adalomo", "layerwise")  # optimizers that update while the backward pass runs
 
 
@@ -126,8 +133,10 @@ def _check_trainer(trainer: Any) -> None:
                 "{name} is not a transformers.Trainer; for a loop of your own there is iterbatch.Repeater"
             ).format(name=type(trainer).__name__)
         )
-    kinds = [kind.__name__ for kind in type(trainer).__mro__]
-    if sampling := [name for name in kinds if name in SAMPLE_THEIR_OWN]:
+    kinds = [kind.__name__ for kind in type(trainer).__mro__ if kind.__name__.endswith("Trainer")]
+    sampling = [name for name in kinds if any(word in name for word in SAMPLING)]
+    sampling += kinds[:1] if any(hasattr(trainer, name) for name in SAMPLES) else []
+    if sampling:
         raise ConfigError(
             _(
                 "{name} samples its batches from the model that it trains: a repeat would train on an older "
@@ -163,6 +172,7 @@ class Repeats:
         self._passes = TrainerPasses(trainer, allowance, self.ledger)
         self.step = FollowingStep(self._passes, self.ledger, allowance, probe=probe)
         self._trainer, self._since, self._seconds, self._logged = trainer, 0.0, 0.0, 0
+        self._at_first = copy.deepcopy((strategy.state_dict(), strategy.placing.state_dict()))
         self._take_the_place_of(trainer)
 
     def _take_the_place_of(self, trainer: Any) -> None:
@@ -208,10 +218,18 @@ class Repeats:
             raise RunError(
                 _("the checkpoint was made without repeats; begin anew, or go on with the plain trainer")
             )
+        self._begin_anew()  # the trainer may have trained before
         if saved:
             self.load_state_dict(from_json(saved["attributes"]["saved"]))
-        elif self.ledger.batches:
-            self.ledger.load_state_dict(Ledger().state_dict())  # the trainer is asked to train once more
+
+    def _begin_anew(self) -> None:
+        strategy, placing = copy.deepcopy(self._at_first)
+        self.strategy.load_state_dict(strategy)
+        self.strategy.placing.load_state_dict(placing)
+        self.ledger.load_state_dict(Ledger().state_dict())
+        self.allowance.fresh_tokens = 0
+        self.step.held.clear()
+        self._passes.forget_model()
 
     def after_update(self) -> None:
         """The Trainer has made its update on the current batch: ask, and repeat."""
@@ -223,6 +241,12 @@ class Repeats:
         self.step.begin()
         self.step.follow(made)
         self.allowance.fresh_tokens += window.tokens
+        if not {"tokens": window.tokens, "flops": window.flops}.get(str(self.allowance.unit), 1):
+            raise ConfigError(
+                _("what a batch costs in {unit} is not known for this model; give match='updates'").format(
+                    unit=self.allowance.unit
+                )
+            )
         record = self.strategy.train_batch(window, self.step)
         self._count_seconds()
         seconds = self.ledger.train_seconds - before
@@ -232,7 +256,8 @@ class Repeats:
     def _count_seconds(self) -> None:
         """Since the batch came, or since this was asked last."""
         now = time.perf_counter()
-        self._seconds, self._since = now - self._since, now
+        several = self._trainer.accelerator.num_processes
+        self._seconds, self._since = self._passes.totals(now - self._since)[0] / several, now
         self.ledger.train_seconds += self._seconds
 
     def after_batch(self, args: Any, control: Any) -> None:

@@ -58,6 +58,8 @@ class Compiled:
         try:
             with torch.compiler.set_stance("default"):
                 self._run(shape, training)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as problem:  # torch raises many classes here, most of them its own backends'
             reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             raise ModelError(
@@ -74,12 +76,14 @@ class Compiled:
         ids = torch.zeros(shape, dtype=torch.int64, device=self._accelerator.device)
         micro, was = MicroBatch(ids, ids), cut.training
         self._placed.train(training)
-        with torch.set_grad_enabled(training), self._accelerator.autocast():
-            nats = self._placed(cut.prefix(micro), micro).sum()
-        if training:
-            nats.backward()
+        try:
+            with torch.set_grad_enabled(training), self._accelerator.autocast():
+                nats = self._placed(cut.prefix(micro), micro).sum()
+            if training:
+                nats.backward()
+        finally:
             cut.zero_grad()
-        self._placed.train(was)
+            self._placed.train(was)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from iterbatch.language import _
 from iterbatch.model.base import SUPPORTED
 
 CACHES = BATCH, EPOCH = "batch", "epoch"
-LOOKS_INSIDE = ("past_key_values", "output_hidden_states", "output_attentions")  # a forward that does
+LOOKS_INSIDE = ("output_hidden_states", "output_attentions")  # a forward that does
 NAME = "_iterbatch_prefix_reuse"  # the attribute of a decoder under which its reuse is found
 
 
@@ -99,6 +99,9 @@ def _decoder_and_cut(model: Any) -> tuple[Any, int]:
         )
     if any(each.requires_grad for each in decoder.embed_tokens.parameters()):
         raise ConfigError(_("the embedding is trained, so what the prefix gives changes with every update"))
+    parts = [part for layer in layers[:cut] for part in layer.modules()]
+    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts):
+        raise ConfigError(_("a frozen layer has dropout, so what the prefix gives is another each time"))
     if getattr(decoder.config, "attention_dropout", 0.0):
         raise ConfigError(_("attention_dropout is above 0, so what the prefix gives is another each time"))
     return decoder, cut
@@ -175,7 +178,8 @@ class RowsOnDisk:
     """
 
     def __init__(self, folder: Path | None, limit_gb: float) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as this
+        # Not buffered: a full disk is known where a row is written, and only there.
+        self._file: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         self._limit, self._end = limit_gb * 1e9, 0
         self._at: dict[bytes, tuple[int, int]] = {}  # where each row begins, and how many bytes it has
         self._dtype = torch.float32
@@ -188,8 +192,13 @@ class RowsOnDisk:
         for row, (key, length) in enumerate(zip(rows.keys, rows.lengths, strict=True)):
             start, size = self._at[key]
             self._file.seek(start)
-            content = torch.frombuffer(bytearray(self._file.read(size)), dtype=self._dtype)
-            found[row, :length] = content.view(length, -1)
+            content = bytearray(size)
+            left = memoryview(content)
+            while left and (read := self._file.readinto(left)):
+                left = left[read:]
+            if left:
+                return None
+            found[row, :length] = torch.frombuffer(content, dtype=self._dtype).view(length, -1)
         return found.to(like.device)
 
     def put(self, rows: Rows, hidden: Tensor, window: int) -> None:
@@ -203,7 +212,9 @@ class RowsOnDisk:
                 continue
             try:
                 self._file.seek(self._end)
-                self._file.write(content.data)
+                left = memoryview(content.data).cast("B")
+                while left:
+                    left = left[self._file.write(left) :]
             except OSError as problem:  # a full disk: what is there is served, the rest computed
                 self._limit = self._end
                 warnings.warn(
@@ -216,6 +227,11 @@ class RowsOnDisk:
 
 # ------------------------------------------------------------------------------------------------------------
 # The model
+
+
+def checkpoints(layer: Any) -> bool:
+    """Whether a layer's activations are computed anew in the backward pass."""
+    return bool(getattr(layer, "gradient_checkpointing", False))
 
 
 class PrefixReuse:
@@ -237,6 +253,7 @@ class PrefixReuse:
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_hook(self._end, always_call=True),
         ]
+        self._before = [(layer.__dict__.get("forward"), checkpoints(layer)) for layer in self._layers]
         for number, layer in enumerate(self._layers):
             layer.forward = self._instead(layer.forward, number)
 
@@ -244,8 +261,11 @@ class PrefixReuse:
         """Have the model as it was."""
         for hook in self._hooks:
             hook.remove()
-        for layer in self._layers:
+        for layer, (forward, checkpointed) in zip(self._layers, self._before, strict=True):
             del layer.forward  # the class's own again
+            if forward is not None:
+                layer.forward = forward
+            layer.gradient_checkpointing = checkpointed or any(map(checkpoints, self._decoder.layers))
         self._layers = []
         delattr(self._decoder, NAME)
 
@@ -258,7 +278,8 @@ class PrefixReuse:
         """A forward begins: one to reuse is that of training, on tokens alone."""
         self._rows = None
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        if not decoder.training or ids is None or any(kwargs.get(name) is not None for name in LOOKS_INSIDE):
+        inside = any(kwargs.get(name, getattr(decoder.config, name, None)) for name in LOOKS_INSIDE)
+        if not decoder.training or ids is None or inside or kwargs.get("past_key_values") is not None:
             return
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             return

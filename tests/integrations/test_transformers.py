@@ -321,6 +321,66 @@ def test_a_budget_of_seconds_ends(llama, tmp_path, monkeypatch):
     assert trainer.state.global_step < 22
 
 
+def test_a_second_training_begins_anew(llama, tmp_path):
+    settings = {"strategy": "fixed", "knobs": {"placement": "spaced", "gap": 3, "max_repeats": 2}}
+    trainer = Repeating(llama(), _args(tmp_path), train_dataset=Rows(), match="tokens", **settings)
+    counts = []
+    for _ in range(2):
+        begun = len(trainer.repeats.records)
+        trainer.train()
+        counts.append((len(trainer.repeats.records) - begun, trainer.repeats.ledger.tokens_trained))
+        assert all(held < 3 for each in trainer.repeats.records[begun:][:3] for held in each.revisited)
+        assert trainer.repeats.records[begun].revisited == []
+    assert counts[0] == counts[1]
+
+
+def test_a_budget_in_what_is_not_known_is_refused(tmp_path):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = torch.nn.Linear(2, 1)
+
+        def forward(self, x, labels):
+            return {"loss": (self.line(x).squeeze(1) - labels).square().mean()}
+
+    rows = [{"x": torch.ones(2), "labels": torch.tensor(1.0)}] * 8
+    for unit in ("flops", "tokens"):
+        trainer = Repeating(Plain(), _args(tmp_path), train_dataset=rows, match=unit)
+        with pytest.raises(ConfigError, match="not known for this model"):
+            trainer.train()
+    trainer = Repeating(Plain(), _args(tmp_path), train_dataset=rows, match="updates", strategy="fixed")
+    trainer.train()
+    assert trainer.repeats.ledger.updates == 8
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trls_own_metrics_are_those_of_batches(llama, tmp_path, tokenizer):
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    data = datasets.Dataset.from_list([{"text": "a b c d e f g h"}] * 8)
+
+    class Ours(RepeatMixin, trl.SFTTrainer):
+        pass
+
+    args = trl.SFTConfig(
+        str(tmp_path), per_device_train_batch_size=2, report_to="none", save_strategy="no", disable_tqdm=True,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1, num_train_epochs=1,
+        learning_rate=0.0,
+    )  # fmt: skip
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    counts = []
+    for strategy in ("baseline", "fixed"):
+        trainer = Ours(llama(), args, train_dataset=data, processing_class=tokenizer, strategy=strategy)
+        trainer.train()
+        counts.append(
+            [
+                (each["num_tokens"], each["mean_token_accuracy"])
+                for each in trainer.state.log_history
+                if "loss" in each
+            ]
+        )
+    assert counts[0] == counts[1]
+
+
 def test_what_is_logged(llama, tmp_path):
     trainer = Repeating(
         llama(), _args(tmp_path), train_dataset=Rows(), strategy="fixed", knobs={"max_repeats": 2}
@@ -413,9 +473,17 @@ def test_trainers_that_sample_are_refused_and_others_are_none(llama, tmp_path):
     class GRPOTrainer(Trainer):
         pass
 
-    trainer = GRPOTrainer(llama(), _args(tmp_path), train_dataset=Rows())
-    with pytest.raises(ConfigError, match="GRPOTrainer samples its batches"):
-        repeat_batches(trainer)
+    class MyTrainer(GRPOTrainer):
+        pass
+
+    class Another(Trainer):
+        def _generate_and_score_completions(self, inputs):
+            return inputs
+
+    for kind, name in ((GRPOTrainer, "GRPOTrainer"), (MyTrainer, "GRPOTrainer"), (Another, "")):
+        trainer = kind(llama(), _args(tmp_path), train_dataset=Rows())
+        with pytest.raises(ConfigError, match=f"{name} samples its batches"):
+            repeat_batches(trainer)
     with pytest.raises(ConfigError, match=r"not a transformers.Trainer.*iterbatch.Repeater"):
         repeat_batches(SimpleNamespace())
     trainer = Trainer(llama(), _args(tmp_path), train_dataset=Rows())
@@ -461,7 +529,8 @@ def test_two_processes_decide_alike(tiny_folder, tmp_path):
         json.loads((tmp_path / name).read_text(encoding="utf-8"))
         for name in ("1/0.json", "2/0.json", "2/1.json")
     )
-    assert first == second  # every decision, every loss, on both
+    assert first == second  # every decision, loss, rate and weight, whatever each one's rows cost
+    one, first = one["tokens"]["records"], first["tokens"]["records"]
     assert [each["done"] for each in first] == [each["done"] for each in one]
     assert len({each["done"] for each in first}) > 1
     for ours, theirs in zip(one, first, strict=True):
