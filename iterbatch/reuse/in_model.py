@@ -278,7 +278,7 @@ class PrefixReuse:
         """A forward begins: one to reuse is that of training, on tokens alone."""
         self._rows = None
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        inside = any(kwargs.get(name, getattr(decoder.config, name, None)) for name in LOOKS_INSIDE)
+        inside = any(kwargs.get(name) or getattr(decoder.config, name, False) for name in LOOKS_INSIDE)
         if not decoder.training or ids is None or inside or kwargs.get("past_key_values") is not None:
             return
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 pytest.importorskip("lightning")
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 
 from iterbatch.errors import ConfigError
 from iterbatch.integrations.lightning import RepeatMixin
@@ -54,6 +55,9 @@ def _loader():
 
 def _fitted(module, folder, resume=None, callbacks=(), **settings):
     lightning.seed_everything(5, verbose=False)
+    if settings.get("precision") == "float16":  # a CPU has its gradients scaled only where it is told so
+        scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024))
+        settings = {**settings, "precision": None, "plugins": [scaled]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
@@ -89,6 +93,7 @@ SETTINGS = {
         "step",
     ),
     "bfloat16": ({"precision": "bf16-mixed"}, {}, "step"),
+    "float16": ({"gradient_clip_val": 0.1, "precision": "float16"}, {"clip_norm": 0.1}, "step"),
 }
 
 
@@ -211,6 +216,18 @@ def test_what_cannot_be_repeated_is_said(tmp_path):
         _fitted(Repeating(schedule="plateau"), tmp_path)
     with pytest.raises(ConfigError, match="must return the loss"):
         _fitted(ReturnsThree(), tmp_path)
+    with pytest.raises(ConfigError, match="min_epochs"):
+        _fitted(Repeating(budget=10), tmp_path, min_epochs=2)
+
+    class Clips(Line):
+        def configure_gradient_clipping(self, *_):
+            pass
+
+    class RepeatsClips(RepeatMixin, Clips):
+        pass
+
+    with pytest.raises(ConfigError, match="overrides configure_gradient_clipping"):
+        RepeatsClips()
     with pytest.raises(ConfigError, match="from 1 on"):
         Repeating(accumulate=0)
     with pytest.raises(ConfigError, match="did you mean 'abr'"):

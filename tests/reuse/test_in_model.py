@@ -218,7 +218,9 @@ def test_a_full_disk_ends_the_keeping_and_not_the_training(llama, monkeypatch):
         def __getattr__(self, name):
             return getattr(reuse._kept._real, name)
 
-        def write(self, _):
+        def write(self, content):  # raw files may write a part of what they are given
+            if len(content) > 8:
+                return reuse._kept._real.write(content[:8])
             raise OSError(28, "No space left on device")
 
     reuse._kept._real, reuse._kept._file = reuse._kept._file, Full()
@@ -260,6 +262,28 @@ def test_what_cannot_be_reused_is_said(llama, tiny_folder):
     enable_prefix_reuse(model)
     with pytest.raises(ConfigError, match="already"):
         enable_prefix_reuse(model)
+
+
+def test_a_frozen_layer_with_dropout_is_refused(llama):
+    model = llama(layers=(0, 1), dropout=0.5)
+    for name, each in model.named_parameters():
+        if "layers.0." in name:
+            each.requires_grad_(False)
+    with pytest.raises(ConfigError, match="a frozen layer has dropout"):
+        enable_prefix_reuse(model)
+
+
+def test_it_leaves_the_model_as_it_was(llama):
+    model = llama()
+    layer = model.get_base_model().model.layers[0]
+    real = layer.forward
+    layer.forward = wrapped = lambda *args, **kwargs: real(*args, **kwargs)  # as Accelerate's hooks do
+    reuse = enable_prefix_reuse(model)
+    model.config.output_hidden_states = True  # in the config, and not in the call
+    model(input_ids=TEXT[:2], labels=TEXT[:2])
+    assert reuse.rows_computed == 0
+    reuse.disable()
+    assert layer.forward is wrapped
 
 
 def test_noise_in_the_embedding_is_refused_where_it_is_met(llama, tmp_path):
