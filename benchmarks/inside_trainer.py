@@ -51,7 +51,9 @@ def rows_of(tokenizer, count: int, length: int) -> list[dict]:
 def trained(arguments, rows, layers: list[int], *, reuse: bool) -> dict:
     """One run: seconds of each epoch, and the last loss."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=getattr(torch, arguments.dtype), use_safetensors=True
+    )
     clock = Epochs()
     trainer = SFTTrainer(
         model,
@@ -96,7 +98,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokenizer.model_max_length = 10**9
     rows = rows_of(tokenizer, arguments.rows, arguments.length)
-    count = AutoModelForCausalLM.from_pretrained(arguments.model).config.num_hidden_layers
+    count = AutoModelForCausalLM.from_pretrained(
+        arguments.model, use_safetensors=True
+    ).config.num_hidden_layers
     for share in arguments.shares:
         layers = list(range(count - round(share * count), count))
         whole, later, apart = [], [], []

@@ -32,7 +32,7 @@ def main() -> iterbatch.Repeater:
     tokens = tokenizer(given.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     rows = [{"input_ids": row, "labels": row} for row in tokens.split(64) if len(row) == 64]
 
-    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32, use_safetensors=True)
     last = base.config.num_hidden_layers - 1  # adapters on the last layer alone: repeats skip what is below
     lora = LoraConfig(r=16, layers_to_transform=[last], target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).train()

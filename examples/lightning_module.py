@@ -23,7 +23,7 @@ class Tuned(lightning.LightningModule):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
         self.model = get_peft_model(base, LoraConfig(r=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:

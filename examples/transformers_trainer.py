@@ -35,7 +35,7 @@ def main() -> Trainer:
     tokens = tokenizer(given.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     rows = [{"input_ids": row, "labels": row} for row in tokens.split(64) if len(row) == 64]
 
-    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32, use_safetensors=True)
     upper = range(base.config.num_hidden_layers // 2, base.config.num_hidden_layers)
     model = get_peft_model(
         base,

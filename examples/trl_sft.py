@@ -38,7 +38,7 @@ def main() -> SFTTrainer:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = RepeatSFTTrainer(
-        AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32, use_safetensors=True),
         SFTConfig(
             given.out,
             per_device_train_batch_size=4,
