@@ -17,7 +17,11 @@ def test_a_card_has_all_its_parts(name):
 
 def test_the_index_says_what_the_strategies_say_of_themselves():
     rows = [
-        f"| [{name}]({name}.md) | {kind.summary} | {kind.question} |" for name, kind in STRATEGIES.items()
+        f"| [{name}]({name}.md) | {kind.summary} | {kind.question} |"
+        for name, kind in STRATEGIES.items()
+        if kind.__module__.startswith(
+            "iterbatch."
+        )  # another test of this process may have registered its own
     ]
     table = "\n".join(
         ["| strategy | how a batch is trained | what the report answers |", "| --- | --- | --- |", *rows]
