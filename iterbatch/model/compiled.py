@@ -16,7 +16,7 @@ from iterbatch.language import _
 from iterbatch.model.attention import attending
 
 # What ``auto`` reckons with, by kind of device: seconds of cold start a layer, FLOPs a second of passes that
-# are not compiled, share of their time that is saved. CPU: measured (docs/performance.md); CUDA: cautious.
+# are not compiled, share of their time that is saved: orders of size, of CPUs after docs/performance.md.
 RECKONED = {"cpu": (2.0, 2e11, 0.25), "cuda": (4.0, 1e14, 0.2)}
 MARGIN = 2.0  # what is saved must be this many times the cold start
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from iterbatch import __version__
 from iterbatch.bench.arm import make_arm
 from iterbatch.checks import config_of
 from iterbatch.errors import ConfigError, RunError, typed
@@ -23,7 +22,7 @@ from iterbatch.runtime.run_folder import RESUMABLE, empty, run_content
 from iterbatch.strategy import STRATEGIES
 from iterbatch.study.pairs import Cell, Study
 
-VERSIONED = ("torch", "transformers", "peft")  # packages that decide, with this one, what a pair comes to
+VERSIONED = ("iterbatch", "torch", "transformers", "peft")  # that decide what a pair comes to
 
 
 def as_json(study: Study) -> dict[str, Any]:
@@ -37,8 +36,7 @@ def as_json(study: Study) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of the code that trains here; a build for another device is the same version."""
-    found = {name: metadata.version(name).split("+")[0] for name in VERSIONED}
-    return {"iterbatch": __version__, **found}
+    return {name: metadata.version(name).split("+")[0] for name in VERSIONED}
 
 
 def from_folder(run_dir: Path) -> Study:
