@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,21 @@ def _state() -> PartialState:
     if not _several():
         return PartialState(cpu=_on_cpu())
     _check_launch()
-    return PartialState(cpu=_on_cpu(), timeout=TIMEOUT)
+    state = PartialState(cpu=_on_cpu(), timeout=TIMEOUT)
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+    return state
+
+
+def _leave() -> None:
+    """End the group while the interpreter lives: gloo's threads may hold tensors, and abort without it.
+
+    Source: pytorch/pytorch#179291.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _check_launch() -> None:

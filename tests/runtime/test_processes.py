@@ -161,9 +161,8 @@ def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypat
     file, script = tmp_path / "two.yaml", tmp_path / "stopping.py"
     file.write_text(dump_yaml(make_config(**shared).flat()), encoding="utf-8")
     script.write_text(STOPPING, encoding="utf-8")
-    assert (
-        _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "undisturbed").returncode == 0
-    )
+    undisturbed = _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "undisturbed")
+    assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
     stopped = _two(str(script), "--config", str(file), "--run_name", "disturbed")
     assert "train --resume" in " ".join(stopped.stdout.split()), stopped.stderr[-2000:]
     with pytest.raises(RunError, match="give --batch_size 4 --grad_accum 1"):
