@@ -7,7 +7,7 @@
 A file has one row a record file: its path in the study's folder, and its text. Adapters and figures
 are left out: pairs that are finished need neither to be reported, and are not trained again by
 ``iterbatch compare``. Folders named by the environment (``ITERBATCH_DATA``, ``HELDBACK``) are kept
-by that name.
+by that name. A report needs none of them; training further does, so set them before unpacking for that.
 """
 
 import argparse
@@ -81,11 +81,7 @@ def unpack(file: Path, run_dir: Path) -> int:
                 "by pack"
             )
         if path.name in SETTINGS:
-            row["text"] = os.path.expandvars(row["text"])
-            if missing := re.findall(r"\$\{(\w+)\}", row["text"]):
-                raise SystemExit(
-                    f"error: the environment has no {missing[0]}, a folder of the study's text; set it"
-                )
+            row["text"] = os.path.expandvars(row["text"])  # a folder that is not named keeps its name
     for row in rows:
         path = run_dir / row["path"]
         path.parent.mkdir(parents=True, exist_ok=True)
