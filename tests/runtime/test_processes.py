@@ -23,7 +23,7 @@ from iterbatch.study.run import run as run_bench
 
 pytestmark = pytest.mark.slow
 
-EQUAL = ("abr", "learnable", "window", "excess", "fixed", "inverse", "small_batches")
+EVERY = ("abr", "learnable", "window", "excess", "fixed", "inverse", "small_batches")
 # The gradient of a micro-batch is each process's own, unless it is sharded.
 SHARDED = ("abr", "learnable", "gradient_noise", "small_batches")
 STOPPING = """
@@ -78,24 +78,26 @@ def _two(*command, **more):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
 @pytest.mark.parametrize(
-    "reuse",
+    ("strategies", "reuse"),
     [
-        {},
-        {"lora_layers": "top:1", "reuse": "epoch", "epochs": 2, "match": "flops"},
-        {"lora_layers": "top:1", "placement": "spaced", "gap": 1, "loss_threshold": 3.0},
-        {"sharding": "fsdp", "gradient_checkpointing": True},
-        {"sharding": "fsdp", "lora_layers": "top:1", "reuse": "epoch", "epochs": 2, "match": "flops"},
+        (EVERY, {}),
+        (("abr", "excess"), {"lora_layers": "top:1", "reuse": "epoch", "epochs": 2, "match": "flops"}),
+        (("abr", "window"), {"lora_layers": "top:1", "placement": "spaced", "gap": 1, "loss_threshold": 3.0}),
+        (SHARDED, {"sharding": "fsdp", "gradient_checkpointing": True}),
+        (
+            ("abr", "small_batches"),
+            {"sharding": "fsdp", "lora_layers": "top:1", "reuse": "epoch", "epochs": 2, "match": "flops"},
+        ),
     ],
     ids=["all layers", "reuse", "spaced", "sharded", "sharded, reuse"],
 )
-def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, reuse):
+def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, strategies, reuse):
     monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
-    strategies = list(SHARDED if "sharding" in reuse else EQUAL)
     shared = (
         tiny
         | reuse
         | {
-            "strategies": strategies,
+            "strategies": list(strategies),
             "probe_rate": 1.0,
             "probe_budget": 1.0,
             "prompts": 1,
