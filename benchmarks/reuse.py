@@ -165,7 +165,7 @@ def part_trainer(data: Path, rounds: int) -> None:
             }
             per_pass = trainer(
                 theirs.model,
-                theirs.prepared.blocks.ids,
+                theirs.prepared.blocks,
                 batches,
                 scratch,
                 warm=0,

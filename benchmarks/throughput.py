@@ -95,7 +95,7 @@ def bare_loop(model, blocks: Blocks, passes: int) -> float:
 
 
 def trainer(
-    model, blocks: np.ndarray, passes: int, scratch: Path, warm: int = WARM, lr: float = LR, **settings
+    model, blocks: Blocks, passes: int, scratch: Path, warm: int = WARM, lr: float = LR, **settings
 ) -> float:
     """Seconds a pass of Hugging Face Trainer, on the batches that ours gets, in their order."""
     from peft.tuners.lora import LoraLayer
@@ -182,11 +182,11 @@ def main() -> None:
         "iterbatch baseline": lambda: ours(*mine, flops, blocks, accelerator, BaselineStrategy(), n),
         "iterbatch baseline, --compile": lambda: ours_compiled(*fast, flops, blocks, accelerator, n),
         "bare PyTorch loop": lambda: bare_loop(bare, blocks, n),
-        "Trainer, best settings": lambda: trainer(best_model, blocks.ids, n, arguments.scratch, **best),
+        "Trainer, best settings": lambda: trainer(best_model, blocks, n, arguments.scratch, **best),
         "Trainer, best settings and torch_compile": lambda: trainer(
-            compiled_model, blocks.ids, n, arguments.scratch, **best, torch_compile=True
+            compiled_model, blocks, n, arguments.scratch, **best, torch_compile=True
         ),
-        "Trainer, defaults": lambda: trainer(default_model, blocks.ids, n, arguments.scratch, **defaults),
+        "Trainer, defaults": lambda: trainer(default_model, blocks, n, arguments.scratch, **defaults),
         f"iterbatch abr, {r} passes a batch": lambda: (
             ours(*mine, flops, blocks, accelerator, ABRStrategy(1e-6, r), max(1, n // r)) / r
         ),
