@@ -34,6 +34,24 @@ def caches(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = folder / "datasets"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request):
+    """Laying figures out takes most of a small run's time: they are empty where no test looks at them."""
+    if request.node.get_closest_marker("pictures") or request.path.parent.name == "report":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iterbatch.report.figures._save", _empty)
+        yield
+
+
+def _empty(_figure, to, kind, **_look):
+    if isinstance(to, Path):
+        to.write_bytes(kind.encode())
+    else:
+        to.write("<svg></svg>")
+
+
 @pytest.fixture(scope="session")
 def real_text():
     """The folder of real text, or a skip that says why."""

@@ -97,7 +97,7 @@ def draw_pictures(cell: CellScores, files: Mapping[str, Path]) -> None:
             figure, axes = _empty_figure(title)
             paint(axes, cell)
             with whole_or_not(files[name]) as scratch:
-                figure.savefig(scratch, format="png")
+                _save(figure, scratch, "png")
 
 
 @cache
@@ -136,10 +136,14 @@ def _keep(figure: Figure, folder: Path, name: str) -> str:
     """Write PDF and PNG, and give the SVG."""
     for kind in ("pdf", "png"):
         with whole_or_not(folder / f"{name}.{kind}") as scratch:
-            figure.savefig(
-                scratch, format=kind, metadata={"CreationDate": None} if kind == "pdf" else {"Software": None}
-            )
+            _save(figure, scratch, kind)
     return _svg(figure, name)
+
+
+def _save(figure: Figure, to: Path | io.StringIO, kind: str, **look: Any) -> None:
+    """Lay a figure out and write it, without a date or a version: the same records give the same file."""
+    unsaid = {"pdf": ("CreationDate",), "png": ("Software",), "svg": ("Date", "Creator")}[kind]
+    figure.savefig(to, format=kind, metadata=dict.fromkeys(unsaid), **look)
 
 
 def _svg(figure: Figure, name: str) -> str:
@@ -148,7 +152,7 @@ def _svg(figure: Figure, name: str) -> str:
 
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        _save(figure, buffer, "svg", transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

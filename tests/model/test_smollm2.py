@@ -38,11 +38,11 @@ def flags(smollm2, real_text, tmp_path_factory):
         "lora_layers": "top:8",
         "lr": 1e-3,
         "max_length": 64,
-        "max_train_tokens": 512,
-        "max_eval_tokens": 600,
+        "max_train_tokens": 256,
+        "max_eval_tokens": 300,
         "epochs": 2,
         "evals": 1,
-        "prompts": 2,
+        "prompts": 1,
         "reuse": "epoch",
         "reuse_dtype": "float32",
         "strategies": ["baseline"],
@@ -81,7 +81,7 @@ def test_trained_stopped_resumed_and_continued(flags, monkeypatch, capsys):
 
 
 def test_mauve_with_it_as_the_embedding_model(smollm2, tiny, tmp_path):
-    run = run_bench(make_config(**tiny | {"prompts": 20, "save_dir": tmp_path}, strategies=["baseline"]))
+    run = run_bench(make_config(**tiny | {"prompts": 12, "save_dir": tmp_path}, strategies=["baseline"]))
 
     def scored():
         (cell,) = page.write(run, smollm2)

@@ -147,8 +147,7 @@ def test_two_processes_equal_one_for_every_arm(tiny, tmp_path, monkeypatch, stra
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypatch, sharding):
+def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
     shared = tiny | {
         "strategies": ["abr"],
@@ -157,7 +156,6 @@ def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypat
         "lora_dropout": 0.1,
         "loss_threshold": 3.0,
         "prompts": 1,
-        "sharding": sharding,
         "save_dir": tmp_path,
     }
     file, script = tmp_path / "two.yaml", tmp_path / "stopping.py"
@@ -212,8 +210,7 @@ def test_a_killed_process_ends_the_job_and_one_process_finishes_the_run(tiny, tm
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the test starts two processes over gloo as Linux does")
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_more_processes_than_blocks_train_as_one(tiny, tmp_path, monkeypatch, sharding):
+def test_more_processes_than_blocks_train_as_one(tiny, tmp_path, monkeypatch):
     """A block and a window: one of the processes has neither, and runs along."""
     monkeypatch.setenv("ITERBATCH_CACHE", str(tmp_path / "cache"))
     strategies = ["abr", "excess", "small_batches"]
@@ -224,7 +221,7 @@ def test_more_processes_than_blocks_train_as_one(tiny, tmp_path, monkeypatch, sh
     shutil.rmtree(tmp_path / "cache" / "activations")
     file = tmp_path / "two.yaml"
     file.write_text(
-        dump_yaml(make_config(**shared, batch_size=1, sharding=sharding).flat()), encoding="utf-8"
+        dump_yaml(make_config(**shared, batch_size=1, sharding="fsdp").flat()), encoding="utf-8"
     )
     done = _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "two")
     assert done.returncode == 0, done.stderr[-2000:]
