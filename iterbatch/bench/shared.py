@@ -240,7 +240,7 @@ def _compile_wanted(prepared: Prepared, model: PeftModel, accelerator: Accelerat
         return "on" if before.get("compiled", before.get("compile_seconds", 0.0) > 0) else "off"
     arms = len(config.strategy.strategies) * len(config.training.seeds)
     flops = arms * make_plan(prepared, model, accelerator.num_processes).flops
-    worth = worth_compiling(flops, prepared.base.layers, accelerator.device.type)
+    worth = worth_compiling(flops, prepared.base.layers, accelerator.device.type, prepared.base.dtype)
     return "auto" if worth else "off"
 
 

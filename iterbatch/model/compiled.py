@@ -16,16 +16,19 @@ from iterbatch.language import _
 from iterbatch.model.attention import attending
 
 # What ``auto`` reckons with, by kind of device: seconds of cold start a layer, FLOPs a second of passes that
-# are not compiled, share of their time that is saved: orders of size, of CPUs after docs/performance.md.
-RECKONED = {"cpu": (2.0, 2e11, 0.25), "cuda": (4.0, 1e14, 0.2)}
+# are not compiled. Orders of size, of CPUs after docs/performance.md.
+RECKONED = {"cpu": (2.0, 2e11), "cuda": (4.0, 1e14)}
+SAVED = {"float32": 0.08}  # share of their time: matrix products of float32 leave little to gain
+SAVED_BY_OTHERS = {"cpu": 0.25, "cuda": 0.2}
 MARGIN = 2.0  # what is saved must be this many times the cold start
 
 
-def worth_compiling(flops: float, layers: int, device: str) -> bool:
+def worth_compiling(flops: float, layers: int, device: str, dtype: str) -> bool:
     """Whether passes of this many FLOPs are worth the cold start; not on devices that are not known."""
     if device not in RECKONED:
         return False
-    cold_start, rate, saved = RECKONED[device]
+    cold_start, rate = RECKONED[device]
+    saved = SAVED.get(dtype, SAVED_BY_OTHERS[device])
     return saved * flops / rate >= MARGIN * cold_start * layers
 
 

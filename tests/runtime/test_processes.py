@@ -220,9 +220,7 @@ def test_more_processes_than_blocks_train_as_one(tiny, tmp_path, monkeypatch):
     one = run_bench(make_config(**shared, batch_size=2, run_name="one"))
     shutil.rmtree(tmp_path / "cache" / "activations")
     file = tmp_path / "two.yaml"
-    file.write_text(
-        dump_yaml(make_config(**shared, batch_size=1, sharding="fsdp").flat()), encoding="utf-8"
-    )
+    file.write_text(dump_yaml(make_config(**shared, batch_size=1, sharding="fsdp").flat()), encoding="utf-8")
     done = _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "two")
     assert done.returncode == 0, done.stderr[-2000:]
     for strategy in strategies:
