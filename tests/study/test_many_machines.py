@@ -254,6 +254,15 @@ def test_an_address_of_something_else(monkeypatch):
             choose("ray", 1, f"127.0.0.1:{deaf.getsockname()[1]}")
 
 
+def test_a_cluster_that_asks_for_a_token(monkeypatch):
+    monkeypatch.setattr(cluster, "_unreached", lambda address: None)
+    monkeypatch.setattr(
+        cluster, "_unanswered", lambda address: "Unauthenticated: RPC error: InvalidAuthToken"
+    )
+    with pytest.raises(ConfigError, match="RAY_AUTH_MODE=token"):
+        cluster.need_answer("192.0.2.1:6379")
+
+
 @pytest.mark.parametrize(
     ("cores", "gpus", "workers", "share"),
     [

@@ -72,6 +72,13 @@ def need_answer(address: str) -> None:
         ConfigError: where it does not.
     """
     problem = _unreached(address) or _unanswered(address)
+    if problem is not None and "Unauthenticated" in problem:
+        raise ConfigError(
+            _(
+                "the Ray cluster at --address {address} asks for a token; set RAY_AUTH_MODE=token here, and "
+                "where this is another machine bring ~/.ray/auth_token of the one that began it"
+            ).format(address=address)
+        )
     if problem is not None:
         raise ConfigError(
             _(
