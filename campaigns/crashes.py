@@ -36,8 +36,9 @@ import torch
 import transformers  # noqa: F401 - imported before the first fork
 
 import iterbatch.evaluation.trained
-import iterbatch.study.run  # noqa: F401
-from campaigns.tiny import make_tiny
+import iterbatch.report.figures
+import iterbatch.study.run
+from campaigns.tiny import empty_figure, make_tiny
 from iterbatch.cli.main import main as iterbatch_main
 from iterbatch.strategy import STRATEGIES
 
@@ -282,6 +283,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
+    iterbatch.report.figures._save = empty_figure
     with tempfile.TemporaryDirectory() as scratch:
         campaign, runs, begun = Campaign(Path(scratch), arguments.seed), 0, time.monotonic()
         while campaign.kills.total() < arguments.kills and not campaign.problems:

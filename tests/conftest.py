@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from campaigns.tiny import make_tiny
+from campaigns.tiny import empty_figure, make_tiny
 
 # Before any library is imported: no network, and no cache shared with the user's own.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,15 +41,8 @@ def pictures(request):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("iterbatch.report.figures._save", _empty)
+        patch.setattr("iterbatch.report.figures._save", empty_figure)
         yield
-
-
-def _empty(_figure, to, kind, **_look):
-    if isinstance(to, Path):
-        to.write_bytes(kind.encode())
-    else:
-        to.write("<svg></svg>")
 
 
 @pytest.fixture(scope="session")

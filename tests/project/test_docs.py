@@ -24,11 +24,11 @@ IN_BOTH = [
 # What a block is run with besides, so that it takes seconds.
 SMALL = [
     "--max_train_tokens",
-    "2048",
+    "1024",
     "--max_length",
     "128",
     "--max_eval_tokens",
-    "400",
+    "200",
     "--prompts",
     "1",
     "--evals",

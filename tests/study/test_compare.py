@@ -37,6 +37,8 @@ from iterbatch.study.run import run as run_bench
 from iterbatch.study.study_file import load_study
 from iterbatch.study.study_folder import begin
 
+pytestmark = pytest.mark.pictures
+
 
 def _until(condition, seconds=240):
     end = time.monotonic() + seconds
