@@ -24,7 +24,7 @@ IN_BOTH = [
 # What a block is run with besides, so that it takes seconds.
 SMALL = [
     "--max_train_tokens",
-    "1024",
+    "2048",
     "--max_length",
     "128",
     "--max_eval_tokens",
