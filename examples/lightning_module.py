@@ -57,7 +57,9 @@ def main() -> RepeatTuned:
     module = RepeatTuned(
         given.model, strategy="abr", knobs={"loss_threshold": 3.0}, accumulate=2, clip_norm=1.0
     )
-    trainer = lightning.Trainer(max_epochs=given.epochs, accelerator="auto", devices=1, logger=False)
+    trainer = lightning.Trainer(
+        max_epochs=given.epochs, accelerator="auto", devices=1, logger=False, enable_checkpointing=False
+    )
     trainer.fit(module, DataLoader(rows, batch_size=4, shuffle=True))
     passes = [record.repeats_done for record in module.repeats.records]
     print(f"{len(passes)} batches, {sum(passes)} updates; passes of each: {passes}")

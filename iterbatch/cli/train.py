@@ -24,7 +24,6 @@ from iterbatch.report import summary
 from iterbatch.report.answers import cautions
 from iterbatch.report.comparison import CellScores, read_cells
 from iterbatch.report.wording import plain
-from iterbatch.strategy import own
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,9 @@ def _say_how_to_resume(console: Console, run_dir: Path | None, strategies: Seque
     if run_dir is None:
         console.print(_("Interrupted before the run began."))
         return
+    from iterbatch.study.run import how_to_resume
+
     how = _("Interrupted. To resume where it stopped:\n  {typed}").format(
-        typed=typed("iterbatch", "train", "--resume", run_dir, *own.named_again(strategies))
+        typed=how_to_resume(run_dir, strategies)
     )
     console.print(Text(how), soft_wrap=True)

@@ -67,6 +67,16 @@ class RepeatMixin:
 
     repeats: Repeats
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(RepeatMixin)]
+        if Trainer in before:  # its __init__ would not ask this one
+            raise ConfigError(
+                _("{name} has RepeatMixin behind its trainer; write class {name}(RepeatMixin, ...)").format(
+                    name=cls.__name__
+                )
+            )
+
     def __init__(
         self,
         *args: Any,
@@ -267,6 +277,16 @@ class Repeats:
             control.should_evaluate |= args.eval_strategy == "steps"
             control.should_save |= args.save_strategy == "steps"
 
+    def end(self) -> None:
+        """Training is over; a warning where the budget is not."""
+        share = self.allowance.position(self.ledger) / self.allowance.batches if self.ledger.batches else 1.0
+        if self.allowance.unit is not None and not self.allowance.exhausted(self.ledger):
+            told = _(
+                "training ended with {share:.0%} of its budget spent, and the learning rate where it stood; "
+                "give more num_train_epochs, or a smaller budget"
+            ).format(share=share)
+            warnings.warn(told, stacklevel=2)
+
     def _told(self, logs: dict[str, Any]) -> dict[str, Any]:
         """What the Trainer logs of the batches since, and how often they were trained."""
         since, self._logged = self.records[self._logged :], len(self.records)
@@ -322,6 +342,10 @@ class RepeatCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The batch is done with."""
         self.repeats.after_batch(args, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """No batch is left."""
+        self.repeats.end()
 
 
 def _callback_of(repeats: Repeats) -> RepeatCallback:

@@ -5,6 +5,7 @@ the same report.
 """
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from iterbatch.bench.arm import arms_of
@@ -38,7 +39,7 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
     """
     with together() as peers:
         run_dir = from_main(find_folder(config) if is_main() else None)
-        peers.resume = _resume(run_dir, config)
+        peers.resume = how_to_resume(run_dir, config.strategy.strategies)
         study = Study(run_dir.name, (Cell("", config, arms_of(config)),))
         engine = InProcess(study.cells, listener or Listener())
         with hold(run_dir, config) if is_main() else contextlib.nullcontext():
@@ -49,10 +50,10 @@ def run(config: BenchConfig, listener: Listener | None = None) -> Path:
     return run_dir
 
 
-def _resume(run_dir: Path, config: BenchConfig) -> str:
-    """The command that resumes a run of several processes."""
-    launch = ("torchrun", "--nproc_per_node", count(), "-m", "iterbatch")
-    return typed(*launch, "train", "--resume", run_dir, *own.named_again(config.strategy.strategies))
+def how_to_resume(run_dir: Path, strategies: Sequence[str]) -> str:
+    """The command that goes on with a run, in as many processes."""
+    launch = ("torchrun", "--nproc_per_node", count(), "-m") if count() > 1 else ()
+    return typed(*launch, "iterbatch", "train", "--resume", run_dir, *own.named_again(strategies))
 
 
 def compare(

@@ -302,6 +302,21 @@ def test_a_budget_with_one_pass_a_batch_is_the_trainer_as_it_is(llama, tmp_path)
         assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in expected), unit
 
 
+def test_epochs_that_end_before_the_budget_are_said(llama, tmp_path):
+    trainer = Repeating(
+        llama(), _args(tmp_path), train_dataset=Rows(), strategy="baseline", match="updates", budget=99
+    )
+    with pytest.warns(UserWarning, match=r"22% of its budget spent.*give more num_train_epochs"):
+        trainer.train()
+
+
+def test_a_mixin_behind_its_trainer_would_never_be_asked():
+    with pytest.raises(ConfigError, match=r"write class Behind\(RepeatMixin, \.\.\.\)"):
+
+        class Behind(Trainer, RepeatMixin):
+            pass
+
+
 def test_a_budget_of_seconds_ends(llama, tmp_path, monkeypatch):
     from iterbatch.integrations import transformers as module
 
