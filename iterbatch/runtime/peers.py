@@ -109,6 +109,7 @@ def together() -> Iterator[Peers]:
         return
     ended = threading.Event()
     peers = Peers(gathered(Peer.this()))
+    gathered(None)  # nobody goes on, and may end, before everybody has looked
     threading.Thread(target=peers.watch, args=(ended,), daemon=True).start()
     try:
         yield peers

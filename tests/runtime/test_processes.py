@@ -164,7 +164,8 @@ def test_two_processes_stop_together_and_go_on_exactly(tiny, tmp_path, monkeypat
     undisturbed = _two("-m", "iterbatch", "train", "--config", str(file), "--run_name", "undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
     stopped = _two(str(script), "--config", str(file), "--run_name", "disturbed")
-    assert "train --resume" in " ".join(stopped.stdout.split()), stopped.stderr[-2000:]
+    said = " ".join(stopped.stdout.split())
+    assert "torchrun --nproc_per_node 2 -m iterbatch train --resume" in said, stopped.stderr[-2000:]
     with pytest.raises(RunError, match="give --batch_size 4 --grad_accum 1"):
         run_bench(make_config(**shared, run_name="disturbed", resume=LAST))
     done = _two("-m", "iterbatch", "train", "--resume", str(tmp_path / "disturbed"))
