@@ -279,13 +279,18 @@ class Repeats:
 
     def end(self) -> None:
         """Training is over; a warning where the budget is not."""
-        share = self.allowance.position(self.ledger) / self.allowance.batches if self.ledger.batches else 1.0
-        if self.allowance.unit is not None and not self.allowance.exhausted(self.ledger):
-            told = _(
-                "training ended with {share:.0%} of its budget spent, and the learning rate where it stood; "
-                "give more num_train_epochs, or a smaller budget"
-            ).format(share=share)
-            warnings.warn(told, stacklevel=2)
+        if self.allowance.unit is None or not self.records or self.allowance.exhausted(self.ledger):
+            return
+        told = _(
+            "training ended with {share:.0%} of its budget spent, and the learning rate where it stood; "
+            "give more num_train_epochs, or a smaller budget"
+        ).format(share=self._spent)
+        warnings.warn(told, stacklevel=2)
+
+    @property
+    def _spent(self) -> float:
+        """Share of the budget."""
+        return self.allowance.position(self.ledger) / self.allowance.batches
 
     def _told(self, logs: dict[str, Any]) -> dict[str, Any]:
         """What the Trainer logs of the batches since, and how often they were trained."""
@@ -295,7 +300,7 @@ class Repeats:
         passes = sum(record.repeats_done + len(record.revisited) for record in since)
         told = {"passes_a_batch": round(passes / len(since), 4), "updates": self.ledger.updates}
         if self.allowance.unit is not None:
-            told["budget_spent"] = round(self.allowance.position(self.ledger) / self.allowance.batches, 4)
+            told["budget_spent"] = round(self._spent, 4)
         return {**logs, **told}
 
     def state_dict(self) -> dict[str, Any]:
