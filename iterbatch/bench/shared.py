@@ -101,6 +101,7 @@ class Shared:
         self.base_losses = BaseLosses(
             run_dir, prepared.blocks, model, self.cut, accelerator, self.config.training.eval_batch_size
         )
+        self.base_nats: dict[int, float] = {}  # of training blocks that were scored with the base
         self.prompts, self.human = ([part[side] for part in _prompts(prepared)] for side in (0, 1))
         reset_adapter(model, seed=0)  # a new adapter adds nothing, so this is the base itself
         self.validation = self.score("validation", interrupts.check)

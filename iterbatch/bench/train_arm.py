@@ -434,6 +434,8 @@ def _memorised(job: Job, parts: ArmParts) -> Any:
     shared = job.shared
     if shared.accelerator.num_processes > 1:  # each process would see its own rows only
         return None
-    passes = passes_of_blocks(read_records(job.folder / layout.BATCHES, BatchRecord), parts.stream.stream)
-    batch_size = shared.config.training.eval_batch_size
-    return memorised(shared.cut, shared.model, shared.prepared.blocks, passes, shared.accelerator, batch_size)
+    stream, batch_size = parts.stream.stream, shared.config.training.eval_batch_size
+    passes = passes_of_blocks(read_records(job.folder / layout.BATCHES, BatchRecord), stream)
+    source = shared.reuse.sources["train"]
+    with shared.accelerator.autocast():
+        return memorised(shared.cut, shared.model, stream, passes, source, batch_size, shared.base_nats)

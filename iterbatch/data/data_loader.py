@@ -117,7 +117,7 @@ class BatchStream:
 
     def _batch_of(self, rows: np.ndarray, index: int, epoch: int) -> Batch:
         micro_batches = tuple(
-            self._micro_batch(rows[start : start + self.micro_rows])
+            self.micro_batch(rows[start : start + self.micro_rows])
             for start in range(0, len(rows), self.micro_rows)
         )
         return Batch(micro_batches, index=index, epoch=epoch)
@@ -132,7 +132,8 @@ class BatchStream:
             self._order = (epoch, self._trained[block_order(len(self._trained), self.seed, epoch)])
         return self._order[1]
 
-    def _micro_batch(self, rows: np.ndarray) -> MicroBatch:
+    def micro_batch(self, rows: np.ndarray) -> MicroBatch:
+        """Blocks by their numbers, this process's share of them."""
         share = rows[self.rank :: self.world]
         # A short micro-batch may leave a process without a row; it then runs one unlabelled row,
         # because all processes must reduce together.

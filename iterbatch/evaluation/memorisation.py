@@ -8,22 +8,20 @@ group fell.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
-from iterbatch.data.windows import EvalText, block_text
-from iterbatch.evaluation.perplexity import score
 from iterbatch.model.cut import CutModel
 from iterbatch.model.lora import blank_adapter, copy_adapter, set_adapter
 from iterbatch.records.record import BatchRecord
 from iterbatch.records.result import GroupLoss
+from iterbatch.reuse.prefix import PrefixSource
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from peft import PeftModel
 
 GROUP = 64  # blocks scored in each group, at most
@@ -55,12 +53,22 @@ def groups(passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def memorised(
     cut: CutModel,
     model: PeftModel,
-    blocks: Blocks,
+    stream: BatchStream,
     passes: np.ndarray,  # (blocks,)
-    accelerator: Accelerator,
+    source: PrefixSource,
     batch_size: int,
+    base: dict[int, float] | None = None,
 ) -> dict[str, GroupLoss]:
     """Score both groups, and a sample of everything that was trained, with the adapter and with the base.
+
+    Args:
+        cut: The model, cut.
+        model: The same, with the adapter that was trained.
+        stream: Its blocks, as they are trained.
+        passes: (blocks,) that each got.
+        source: Of the blocks' prefix activations, which both adapters share.
+        batch_size: Blocks scored together.
+        base: Nats of blocks under the base that are known already; others are added.
 
     Returns:
         Of ``all``, ``most`` and ``least``; losses are None where a group is empty.
@@ -68,22 +76,37 @@ def memorised(
     most, least = groups(passes)
     trained = np.flatnonzero(passes)
     sample = trained[:: max(1, len(trained) // GROUP)][:GROUP]
-    current, blank = copy_adapter(model), blank_adapter(model)
+    chosen, known = {"all": sample, "most": most, "least": least}, {} if base is None else base
+    every = sorted({int(block) for group in chosen.values() for block in group})
+    after = _nats(cut, stream, every, source, batch_size)
+    current = copy_adapter(model)
+    set_adapter(model, blank_adapter(model))
+    known |= _nats(cut, stream, [block for block in every if block not in known], source, batch_size)
+    set_adapter(model, current)
+    tokens = stream.blocks.trained[:, 1:].sum(axis=1)
     result: dict[str, GroupLoss] = {}
-    for name, chosen in (("all", sample), ("most", most), ("least", least)):
-        text = block_text(blocks, chosen)
-        after = _loss(cut, text, accelerator, batch_size)
-        set_adapter(model, blank)
-        before = _loss(cut, text, accelerator, batch_size)
-        set_adapter(model, current)
-        mean = float(passes[chosen].mean()) if len(chosen) else None
-        result[name] = GroupLoss(len(chosen), mean, after, before)
+    for name, group in chosen.items():
+        mean, count = (float(passes[group].mean()) if len(group) else None), int(tokens[group].sum())
+        losses = [
+            sum(nats[int(block)] for block in group) / count if count else None for nats in (after, known)
+        ]
+        result[name] = GroupLoss(len(group), mean, *losses)
     return result
 
 
-def _loss(cut: CutModel, text: EvalText, accelerator: Accelerator, batch_size: int) -> float | None:
-    """Mean nats a label token."""
-    if not text.tokens:
-        return None
-    result = score(cut, text, accelerator, batch_size=batch_size)
-    return result.nats / result.tokens
+def _nats(
+    cut: CutModel, stream: BatchStream, blocks: Sequence[int], source: PrefixSource, batch_size: int
+) -> dict[int, float]:
+    """Nats of each block, with the adapter as it is."""
+    found: dict[int, float] = {}
+    training = cut.training
+    cut.eval()
+    for start in range(0, len(blocks), batch_size):
+        some = blocks[start : start + batch_size]
+        micro = stream.micro_batch(np.array(some)).to(source.device)
+        with torch.no_grad():
+            nats = cut(source.fetch(micro)[0], micro).double().sum(dim=1)
+        source.settle()
+        found |= dict(zip(some, nats.tolist(), strict=True))
+    cut.train(training)
+    return found

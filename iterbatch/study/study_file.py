@@ -35,6 +35,7 @@ TUNING: dict[str, Any] = {
     "low": 1e-4,
     "high": 3e-2,
     "seed": 1000,
+    "max_eval_tokens": 0,  # that a trial is scored on; 0: as many as its arm
     "arms": [],
 }
 Settings = dict[str, Any]
@@ -323,7 +324,7 @@ def _checked_tune(source: _Source) -> Settings:
         if name == "arms":
             continue
         value = tune[name]
-        least = 0 if name == "seed" else 1e-300
+        least = 0 if name in ("seed", "max_eval_tokens") else 1e-300
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e300:
             source.complain(
                 ("tune", name),

@@ -189,7 +189,10 @@ class Tuning:
 
     def _config(self, cell: Cell) -> BenchConfig:
         training = dataclasses.replace(cell.config.training, seeds=self.seeds, evals=1, prompts=1)
-        return dataclasses.replace(cell.config, training=training)
+        data, tokens = cell.config.data, self.study.tune["max_eval_tokens"]
+        if tokens:
+            data = dataclasses.replace(data, max_eval_tokens=tokens)
+        return dataclasses.replace(cell.config, data=data, training=training)
 
     @property
     def trials(self) -> Study:

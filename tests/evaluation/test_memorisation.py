@@ -6,12 +6,15 @@ import pytest
 from iterbatch.checks import make_config
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
+from iterbatch.data.windows import block_text
 from iterbatch.evaluation.memorisation import groups, memorised, passes_of_blocks
+from iterbatch.evaluation.perplexity import score
 from iterbatch.model.base import load_base
 from iterbatch.model.cut import CutModel
 from iterbatch.model.lora import copy_adapter, reset_adapter
 from iterbatch.model.weights import load_model
 from iterbatch.records.record import BatchRecord
+from iterbatch.reuse.prefix import PrefixSource
 from iterbatch.runtime.processes import make_accelerator
 
 
@@ -44,7 +47,10 @@ def test_what_was_repeated_fell_further(tiny):
     cut, accelerator = CutModel(model), make_accelerator("no")
     blocks = Blocks.of(np.random.default_rng(0).integers(3, 4000, (8, 33)))
     passes = np.array([9, 9, 9, 9, 1, 1, 1, 1])
-    before = memorised(cut, model, blocks, passes, accelerator, 4)
+    stream, source = BatchStream(blocks, 4, 1, seed=0), PrefixSource(cut, accelerator.device)
+    base: dict[int, float] = {}
+    before = memorised(cut, model, stream, passes, source, 4, base)
+    assert sorted(base) == list(range(8))
     assert before["most"].loss == pytest.approx(before["most"].base_loss)  # nothing trained yet
     import torch
 
@@ -55,7 +61,9 @@ def test_what_was_repeated_fell_further(tiny):
         optimizer.step()
         optimizer.zero_grad()
     trained = copy_adapter(model)
-    after = memorised(cut, model, blocks, passes, accelerator, 4)
+    after = memorised(cut, model, stream, passes, source, 4, base)
+    text = block_text(blocks, np.arange(4))
+    assert after["most"].loss == pytest.approx(score(cut, text, accelerator).nats / text.tokens, rel=1e-5)
     assert after["most"].base_loss == pytest.approx(before["most"].base_loss)
     assert after["most"].loss < after["most"].base_loss - 0.2
     assert after["most"].loss - after["most"].base_loss < after["least"].loss - after["least"].base_loss

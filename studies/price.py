@@ -1,0 +1,416 @@
+"""Study 1, price: for how much less can be had what LoRA on all layers reaches at its best.
+
+    python studies/price.py run real MODEL_FOLDER DATA_FOLDER studies/records/price-real.jsonl
+    python studies/price.py report real studies/records/price-real.jsonl
+
+Arms: adapters on all layers; on the top half and the top quarter, whose frozen prefix is computed once a
+block and kept; and freeze as you go, all layers at first, from a share of the batches on only those above a
+layer, while what lies below is computed once a block more and kept. Everything is charged as if its run
+were alone, in the units of :mod:`iterbatch.model.flops`; an adapter that rests is charged as merged.
+``PLANS`` says on what: ``real`` is the model of studies/get_smollm2.py on CaSiNo, ``small`` the bundled one
+on STAR.
+
+Rates are tuned at a middling number of epochs by the loss on validation, mean of tuning seeds, a step further
+beyond an edge; then each number of epochs is trained at that rate with fresh seeds, and scored on at least
+100 test dialogues. Freeze as you go takes the rate of all layers. Every run is one line of the records,
+written when it ends: the same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from iterbatch.bench.prepare import make_stream, prepare
+from iterbatch.checks import make_config
+from iterbatch.data.batch import MicroBatch
+from iterbatch.evaluation.perplexity import Score, score
+from iterbatch.model.base import PRECISION
+from iterbatch.model.cut import CutModel
+from iterbatch.model.flops import FlopModel, flop_model
+from iterbatch.model.lora import adapter_parameters, reset_adapter
+from iterbatch.model.weights import load_model
+from iterbatch.report import stats
+from iterbatch.reuse.prefix import PrefixSource, Receipt
+from iterbatch.runtime.processes import make_accelerator
+from iterbatch.training.passes import make_optimizer, schedule, warmup_share
+
+Line = dict[str, Any]  # of the records
+STEP = 2.0  # factor between two rates
+TUNING_SEEDS = (1000, 1001)
+BATCH, LENGTH = 4, 128
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: ``rest_from`` is a share of its batches, ``rest_below`` the first layer that learns on."""
+
+    lora_layers: str
+    rank: int
+    epochs: int
+    lr: float
+    seed: int
+    rest_from: float = 1.0
+    rest_below: int = 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which runs
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A placement: epochs at which its rate is tuned, and those that are trained with fresh seeds."""
+
+    name: str
+    lora_layers: str
+    rank: int
+    tuned_at: int
+    epochs: tuple[int, ...]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    rests: tuple[tuple[int, float, int], ...] = ()  # (epochs, from, below) of freeze as you go
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model, a text, and the arms on them."""
+
+    text: str  # folder below dialogue in the folder of texts
+    train_tokens: int
+    eval_tokens: int
+    rates: tuple[float, ...]
+    arms: tuple[Arm, ...]
+
+
+THREE = (0, 1, 2)
+PLANS = {
+    "real": Plan(
+        "casino",
+        16384,
+        34000,
+        (0.75e-3, 1.5e-3, 3e-3),
+        (
+            Arm("all", "all", 16, 2, (1, 2, 3), rests=((3, 1 / 3, 15), (2, 1 / 2, 15))),
+            Arm("half", "top:15", 64, 3, (2, 4), THREE),
+            Arm("quarter", "top:8", 64, 4, (3, 6), THREE),
+        ),
+    ),
+    "small": Plan(
+        "star",
+        65536,
+        40000,
+        (4e-3, 8e-3, 16e-3),
+        (
+            Arm("all", "all", 64, 3, (1, 2, 3, 4, 6), rests=((3, 1 / 3, 4), (2, 1 / 2, 4))),
+            Arm("half", "top:4", 64, 4, (2, 4, 8)),
+            Arm("quarter", "top:2", 64, 6, (3, 6, 12)),
+        ),
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One run
+
+
+class Kept(PrefixSource):
+    """Prefix activations of a text, kept in memory from the first time a row is met."""
+
+    def __init__(self, model: CutModel, device: torch.device) -> None:
+        super().__init__(model, device)
+        self.rows: dict[int, torch.Tensor] = {}
+
+    def fetch(self, micro: MicroBatch) -> tuple[torch.Tensor, Receipt]:
+        """All rows of a micro-batch, computed together where one is new."""
+        new = [block for block in micro.blocks or () if block not in self.rows]
+        if new:
+            hidden = self.model.prefix(micro)
+            self.rows |= {block: hidden[row].clone() for row, block in enumerate(micro.blocks or ())}
+        length = micro.input_ids.shape[1]
+        return torch.stack([self.rows[block][:length] for block in micro.blocks or ()]), Receipt(len(new))
+
+
+class Bench:
+    """A model with adapters on some layers, its text, and what runs share: the prefixes of frozen layers."""
+
+    def __init__(self, plan: Plan, model: str, data: str, lora_layers: str, rank: int) -> None:
+        config = make_config(
+            model_name=model,
+            dataset="dialogue",
+            data_dir=f"{data}/dialogue/{plan.text}",
+            max_length=LENGTH,
+            batch_size=BATCH,
+            max_train_tokens=plan.train_tokens,
+            max_eval_tokens=plan.eval_tokens,
+            lora_layers=lora_layers,
+            lora_rank=rank,
+            lora_alpha=rank,
+            dtype="float32",
+        )
+        self.prepared = prepare(config)
+        self.model = load_model(self.prepared.base, config.model)
+        self.accelerator = make_accelerator(PRECISION[self.prepared.base.dtype])
+        self.cut = CutModel(self.model)
+        self.kept = {text: self._source(self.cut) for text in ("train", "validation", "test")}
+
+    def _source(self, cut: CutModel) -> PrefixSource:
+        return Kept(cut, self.accelerator.device) if cut.cut else PrefixSource(cut, self.accelerator.device)
+
+    def train(self, run: Run) -> Line:
+        """Train, and score: a line of the records."""
+        training, seed = self.prepared.config.training, run.seed
+        reset_adapter(self.model, seed)
+        cut, source, prices = self.cut.train(), self.kept["train"], flop_model(self.model)
+        parameters = list(adapter_parameters(self.model).values())
+        optimizer = make_optimizer(self.model, run.lr, 0.0)
+        stream = make_stream(self.prepared, seed, 0, 1)
+        batches = stream.batches_per_epoch * run.epochs
+        warmup, met, flops, start = warmup_share(0.1, batches), set[int](), 0.0, perf_counter()
+        for number in range(batches):
+            if number == round(run.rest_from * batches):
+                cut, prices, met = self.rest(run.rest_below), rested(self.model, run.rest_below), set[int]()
+                source = self._source(cut)
+            (micro,) = next(stream).micro_batches
+            for group in optimizer.param_groups:
+                group["lr"] = run.lr * schedule((number + 0.5) / batches, warmup)
+            nats = cut(source.fetch(micro)[0], micro).sum() / micro.label_tokens
+            nats.backward()
+            moving = [each for each in parameters if each.requires_grad]
+            torch.nn.utils.clip_grad_norm_(moving, training.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            blocks, shape = set(micro.blocks or ()), micro.input_ids.shape
+            flops += prices.repeat([(shape[0], shape[1])])
+            flops += prices.prefix.of([(len(blocks - met), shape[1])])
+            met |= blocks
+        seconds = perf_counter() - start
+        splits = ("validation",) if seed in TUNING_SEEDS else ("validation", "test")
+        scores = {split: self.score(split, cut) for split in splits}
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        unit = flop_model(self.model).fresh([(BATCH, LENGTH)])
+        measured = {"batches": batches, "flops": flops, "flops_of_a_fresh_pass": unit, "seconds": seconds}
+        return asdict(run) | measured | {split: documents(each) for split, each in scores.items()}
+
+    def rest(self, below: int) -> CutModel:
+        """From now on only the adapters of layers from ``below`` on learn."""
+        inner: Any = self.model.get_base_model()
+        for layer in inner.model.layers[:below]:
+            layer.requires_grad_(False)
+        return CutModel(self.model).train()
+
+    def score(self, split: str, cut: CutModel) -> Score:
+        """Of a text, with the adapter as it is."""
+        source = self.kept[split] if cut is self.cut else PrefixSource(cut, self.accelerator.device)
+        return score(cut, self.prepared.texts[split], self.accelerator, source=source)
+
+
+def rested(model: Any, below: int) -> FlopModel:
+    """What a pass costs when the adapters of the layers below ``below`` are merged into frozen weights."""
+    blank = list(model.get_base_model().model.layers[:below])
+    ranks = [
+        (module, dict(module.r)) for layer in blank for module in layer.modules() if hasattr(module, "r")
+    ]
+    for module, _ in ranks:
+        module.r = {}
+    try:
+        return flop_model(model)
+    finally:
+        for module, r in ranks:
+            module.r = r
+
+
+def documents(scored: Score) -> Line:
+    """Loss, and the sums of every document."""
+    nats = [round(each, 4) for each in scored.document_nats]
+    return {"loss": scored.nats / scored.tokens, "nats": nats, "tokens": scored.document_tokens}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which are to be made
+
+
+def tuned(plan: Plan, arm: Arm, records: Sequence[Line]) -> tuple[float | None, list[Run]]:
+    """The best rate, None while trials are missing; and those."""
+    rates = list(plan.rates)
+    while True:
+        trials = [
+            Run(arm.lora_layers, arm.rank, arm.tuned_at, lr, seed) for lr in rates for seed in TUNING_SEEDS
+        ]
+        if open_trials := [run for run in trials if found(run, records) is None]:
+            return None, open_trials
+        curve = {lr: tuning_loss(arm, lr, records) for lr in rates}
+        best = min(curve, key=lambda lr: curve[lr])
+        if min(rates) < best < max(rates) or len(rates) == len(plan.rates) + 3:
+            return best, []
+        rates.append(best * STEP if best == max(rates) else best / STEP)
+
+
+def tuning_loss(arm: Arm, lr: float, records: Sequence[Line]) -> float:
+    """Loss on validation, mean of the tuning seeds."""
+    runs = [Run(arm.lora_layers, arm.rank, arm.tuned_at, lr, seed) for seed in TUNING_SEEDS]
+    return float(np.mean([(found(run, records) or {})["validation"]["loss"] for run in runs]))
+
+
+def found(run: Run, records: Sequence[Line]) -> Line | None:
+    """The line of a run, None while there is none."""
+    wanted = asdict(run)
+    return next((line for line in records if all(line[key] == wanted[key] for key in wanted)), None)
+
+
+def missing(plan: Plan, records: Sequence[Line]) -> Iterator[Run]:
+    """Runs that can be made now, the most decisive first."""
+    for arm in plan.arms:
+        rate, trials = tuned(plan, arm, records)
+        yield from trials
+        if rate is not None:
+            runs = [run for seed in arm.seeds for run in finals(arm, rate, seed)]
+            yield from (run for run in runs if found(run, records) is None)
+
+
+def finals(arm: Arm, rate: float, seed: int) -> list[Run]:
+    """All runs of a seed."""
+    plain = [Run(arm.lora_layers, arm.rank, epochs, rate, seed) for epochs in arm.epochs]
+    rests = [Run(arm.lora_layers, arm.rank, epochs, rate, seed, at, below) for epochs, at, below in arm.rests]
+    return [*rests, *reversed(plain)]
+
+
+def read(file: Path) -> list[Line]:
+    """All lines so far."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+
+_benches: dict[tuple[str, int], Bench] = {}
+
+
+def make(plan: str, model: str, data: str, run: Run) -> Line:
+    """Make a run in this process, which keeps what runs of a placement share."""
+    torch.set_num_threads(1)
+    key = (run.lora_layers, run.rank)
+    if key not in _benches:
+        _benches.clear()
+        _benches[key] = Bench(PLANS[plan], model, data, *key)
+    return _benches[key].train(run)
+
+
+def run_all(plan: str, model: str, data: str, file: Path, workers: int) -> None:
+    """Make every run that is missing, and write its line."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        going: dict[Any, Run] = {}
+        while True:
+            for run in missing(PLANS[plan], read(file)):
+                if len(going) < workers and run not in going.values():
+                    going[pool.submit(make, plan, model, data, run)] = run
+            if not going:
+                return
+            for done in wait(going, return_when=FIRST_COMPLETED).done:
+                line = done.result()
+                with file.open("a", encoding="utf-8", newline="\n") as out:
+                    out.write(json.dumps(line) + "\n")
+                run = going.pop(done)
+                print(run, round(math.exp(line["validation"]["loss"]), 3), round(line["seconds"]), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What they say
+
+Runs = dict[int, Line]  # of an arm, by seed
+Key = tuple[str, int, float, int]  # placement, epochs, and when and below which layer adapters rest
+
+
+def report(plan: Plan, records: Sequence[Line]) -> None:
+    """Print every tuning curve, and what every arm reached, for what, against all layers at their best."""
+    for arm in plan.arms:
+        _print_curve(arm, [line for line in records if line["seed"] in TUNING_SEEDS])
+    arms: dict[Key, Runs] = {}
+    for line in records:
+        if line["seed"] not in TUNING_SEEDS:
+            key = (line["lora_layers"], line["epochs"], line["rest_from"], line["rest_below"])
+            arms.setdefault(key, {})[line["seed"]] = line
+    plain = {key: runs for key, runs in arms.items() if key[0] == "all" and key[2] == 1}
+    best = min(plain, key=lambda key: mean_loss(plain[key], "validation"))
+    print(f"all layers are best at {best[1]} epochs, by validation; worth is against the all-layers curve")
+    reference = arms[best]
+    ladder = sorted((cost(runs) / cost(reference), rise(runs, reference)) for runs in plain.values())
+    share = stats.exchange([each for each, _ in ladder], [each for _, each in ladder])
+    for key in sorted(arms):
+        print(_row(key, arms[key], reference, share))
+
+
+def _print_curve(arm: Arm, trials: Sequence[Line]) -> None:
+    own = [line for line in trials if line["lora_layers"] == arm.lora_layers]
+    for lr in sorted({line["lr"] for line in own}):
+        losses = ", ".join(f"{line['validation']['loss']:.4f}" for line in own if line["lr"] == lr)
+        print(f"tuning {arm.name}, {arm.tuned_at} epochs, rate {lr:.3g}: {losses}")
+
+
+def _row(key: Key, runs: Runs, reference: Runs, share: Callable[[float], float]) -> str:
+    lora_layers, epochs, rest_from, rest_below = key
+    seeds = sorted(set(runs) & set(reference))
+    tokens = np.array(runs[seeds[0]]["test"]["tokens"])
+    found = stats.compare(nats(runs, seeds), nats(reference, seeds), tokens)
+    needed = [share(runs[seed]["test"]["loss"] - reference[seed]["test"]["loss"]) for seed in seeds]
+    worth = stats.speed_up(needed, [runs[seed]["flops"] / reference[seed]["flops"] for seed in seeds])
+    resting = f", below {rest_below} resting from {rest_from:.2f}" if rest_below else ""
+    passes = cost(runs) / reference[seeds[0]]["flops_of_a_fresh_pass"]
+    seconds = np.median([runs[seed]["seconds"] / reference[seed]["seconds"] for seed in seeds])
+    return (
+        f"{lora_layers}, {epochs} epochs{resting}: {len(seeds)} seeds, rate {runs[seeds[0]]['lr']:.3g}, "
+        f"{passes:.1f} passes of all layers, test perplexity {math.exp(mean_loss(runs, 'test')):.3f}, "
+        f"difference {found.estimate:+.4f} [{found.low:+.4f}, {found.high:+.4f}], "
+        f"worth {worth.estimate:.2f} [{worth.low:.2f}, {worth.high:.2f}], seconds x {seconds:.2f}"
+    )
+
+
+def cost(runs: Runs) -> float:
+    """FLOPs of an arm: every seed spends the same."""
+    return next(iter(runs.values()))["flops"]
+
+
+def nats(runs: Runs, seeds: Sequence[int]) -> np.ndarray:
+    """(seeds, documents) of the test."""
+    return np.array([runs[seed]["test"]["nats"] for seed in seeds])
+
+
+def mean_loss(runs: Runs, split: str) -> float:
+    """Over seeds, nats a token."""
+    return float(np.mean([line[split]["loss"] for line in runs.values()]))
+
+
+def rise(runs: Runs, reference: Runs) -> float:
+    """Mean over common seeds of how much more is lost on test."""
+    seeds = set(runs) & set(reference)
+    return float(np.mean([runs[seed]["test"]["loss"] - reference[seed]["test"]["loss"] for seed in seeds]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    running, reporting = commands.add_parser("run"), commands.add_parser("report")
+    for command in (running, reporting):
+        command.add_argument("plan", choices=PLANS)
+    running.add_argument("model", help="folder, or 'bundled'")
+    running.add_argument("data", help="folder of texts, with dialogue/casino and dialogue/star")
+    for command in (running, reporting):
+        command.add_argument("records", type=Path)
+    running.add_argument("--workers", type=int, default=2)
+    flags = parser.parse_args()
+    if flags.command == "run":
+        run_all(flags.plan, flags.model, flags.data, flags.records, flags.workers)
+    else:
+        report(PLANS[flags.plan], read(flags.records))
+
+
+if __name__ == "__main__":
+    main()
