@@ -6,7 +6,7 @@
 
 A file has one row a record file: its path in the study's folder, and its text. Adapters and figures
 are left out: pairs that are finished need neither to be reported, and are not trained again by
-``iterbatch compare``. Folders named by the environment (``ITERBATCH_DATA``, ``HELDBACK``) are kept
+``iterbatch compare``. Folders named by the environment (``ITERBATCH_DATA`` and the like) are kept
 by that name. A report needs none of them; training further does, so set them before unpacking for that.
 """
 
@@ -34,7 +34,7 @@ KEPT = (
 )
 
 SETTINGS = ("study.json", "config.yaml")  # where folders are named
-PLACES = ("ITERBATCH_DATA", "HELDBACK")
+PLACES = ("ITERBATCH_DATA", "ITERBATCH_SMOLLM2", "HELDBACK")
 
 
 def pack(run_dir: Path, file: Path) -> int:
