@@ -1,6 +1,7 @@
 """Every number of docs/findings.md, from the records kept in studies/records; no text and no model is needed.
 
     python studies/findings.py results
+    python studies/findings.py results --map iterbatch/assets/evidence/map.json    # the map alone
 
 Unpacks each study below the folder and writes its report, then prints, for every cell, each arm against the
 baseline, the contrasts that its study file registered (Holm over them), and last what study 1 says of prices.
@@ -8,14 +9,16 @@ baseline, the contrasts that its study file registered (Holm over them), and las
 
 import argparse
 import dataclasses
+import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import price
 import records
 
 from iterbatch.report import page, stats
-from iterbatch.report.comparison import CellScores, Comparison
+from iterbatch.report.comparison import CellScores, Comparison, read_cells
 from iterbatch.report.scores import ArmScores
 
 KEPT = Path(__file__).parent / "records"
@@ -35,23 +38,46 @@ ASKED = {
 }
 
 
+# Studies of the map, and the arm that stands for each way to repeat (iterbatch/bench/map.py).
+MAP = {
+    "adaptive": {"at_once": "fixed2", "later": "spaced", "smaller": "small4"},
+    "map": {"at_once": "two_at_once", "later": "two_spaced"},
+    "repetition": {"at_once": "two_at_once", "later": "auto_spaced", "smaller": "small4"},
+}
+MODELS = {"bundled": "bundled 4.8 M"}  # others: SmolLM2
+
+
 def main() -> None:
     """Unpack, report and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path)
-    results = parser.parse_args().results
+    parser.add_argument("--map", type=Path)
+    flags = parser.parse_args()
+    if flags.map is not None:
+        write_map(flags.results, flags.map)
+        return
     for file in sorted(KEPT.glob("*.parquet")):
-        run_dir = results / file.stem
-        if not run_dir.exists():
-            records.unpack(file, run_dir)
-        for cell in page.write(run_dir):
+        for cell in page.write(_unpacked(file.stem, flags.results)):
             _print_cell(file.stem, cell)
     for name, plan in price.PLANS.items():
         if lines := price.read(KEPT / f"price-{name}.jsonl"):
             print(f"\n## price, {name}")
             price.report(plan, lines)
+
+
+def _unpacked(study: str, results: Path) -> Path:
+    if not (results / study).exists():
+        records.unpack(KEPT / f"{study}.parquet", results / study)
+    return results / study
+
+
+def write_map(results: Path, file: Path) -> None:
+    """Write what ``iterbatch price`` tells of every study of the map that has records."""
+    there = [study for study in MAP if (KEPT / f"{study}.parquet").exists()]
+    rows = [_map_row(study, cell) for study in there for cell in read_cells(_unpacked(study, results))]
+    file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _print_cell(study: str, cell: CellScores) -> None:
@@ -67,6 +93,25 @@ def _print_cell(study: str, cell: CellScores) -> None:
     for pair in ASKED.get(study, ()):
         if (each := cell.compare(*pair)) is not None and each.interval is not None:
             print("asked: " + _words(each))
+
+
+def _map_row(study: str, cell: CellScores) -> dict[str, Any]:
+    worth = {way: cell.worth(arm) for way, arm in MAP[study].items()}
+    manifest = json.loads((cell.run_dir / "manifest.json").read_text(encoding="utf-8"))
+    baseline = cell.arm("baseline")
+    return {
+        "study": f"{study} {cell.name}".rstrip(),
+        "model": MODELS.get(cell.config["model_name"], "SmolLM2 135 M"),
+        "text": "CaSiNo",
+        "tokens": cell.config["batch_size"] * cell.config["max_length"],
+        "price_ratio": round(manifest["plan"]["price_ratio"], 3),
+        "seeds": len(baseline.finished) if baseline else 0,
+        "worth": {
+            way: [round(each, 3) for each in (found.estimate, found.low, found.high)]
+            for way, found in worth.items()
+            if found is not None
+        },
+    }
 
 
 def _arm_line(cell: CellScores, arm: ArmScores) -> str:

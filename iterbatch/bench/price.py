@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from iterbatch.bench.map import nearest
 from iterbatch.config import BenchConfig
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
@@ -198,14 +199,23 @@ def _random_batches(config: BenchConfig, vocabulary: int) -> BatchStream:
     return BatchStream(blocks, training.batch_size, training.grad_accum, seed=0)
 
 
+def tokens_of(config: BenchConfig) -> int:
+    """Tokens of a batch, every block full."""
+    return config.training.batch_size * config.training.grad_accum * config.max_length
+
+
 def as_json(measured: list[Placement], config: BenchConfig) -> dict[str, Any]:
     """What ``--json`` prints."""
     chosen, reason = recommend(measured)
+    tokens = tokens_of(config)
     return {
         "batch_size": config.training.batch_size,
         "grad_accum": config.training.grad_accum,
         "max_length": config.max_length,
-        "placements": [asdict(placement) for placement in measured],
+        "placements": [
+            {**asdict(each), "measured_elsewhere": asdict(nearest(tokens, each.price_ratio_flops))}
+            for each in measured
+        ],
         "recommended": chosen.lora_layers,
         "reason": reason,
     }

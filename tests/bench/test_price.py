@@ -49,6 +49,8 @@ def test_price_prints_a_table_and_json(tiny, capsys):
     assert main(["price", *flags]) == 0
     shown = capsys.readouterr().out
     assert "Recommended: --lora_layers " in shown  # which one is for a quiet machine to say
+    assert "What repeats were worth" in shown
+    assert "far from what was measured" in " ".join(shown.split())
     assert main(["price", *flags, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [each["lora_layers"] for each in report["placements"]] == ["all", "top:1"]
@@ -60,7 +62,10 @@ def test_price_prints_a_table_and_json(tiny, capsys):
             "repeat_ms",
             "peak_memory_mb",
         } <= each.keys()
-        assert all(value > 0 for name, value in each.items() if name != "lora_layers")
+        numbers = {name: value for name, value in each.items() if isinstance(value, int | float)}
+        assert len(numbers) == len(each) - 2
+        assert all(value > 0 for value in numbers.values())
+        assert each["measured_elsewhere"]["worth"]["at_once"]["low"] > 0
     assert report["placements"][0]["price_ratio_flops"] == 1.0 > report["placements"][1]["price_ratio_flops"]
 
 
