@@ -34,7 +34,7 @@ KEPT = (
 )
 
 SETTINGS = ("study.json", "config.yaml")  # where folders are named
-PLACES = ("ITERBATCH_DATA", "ITERBATCH_SMOLLM2", "HELDBACK")
+PLACES = ("ITERBATCH_DATA", "ITERBATCH_SMOLLM2", "ITERBATCH_NOISY", "HELDBACK")
 
 
 def pack(run_dir: Path, file: Path) -> int:
