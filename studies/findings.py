@@ -29,7 +29,12 @@ FOUR = (
     ("frozen", "frozen_twin"),
 )
 # Pairs of arms, by study; p-values are adjusted over the pairs of a cell.
-REGISTERED = {"repetition": FOUR, "repetition-limited": FOUR}
+REGISTERED = {
+    "repetition": FOUR,
+    "repetition-limited": FOUR[:3],
+    "noise": (("excess", "abr"),),  # of two cells: see its study file
+    "controls": (("abr", "scaled_lr"), ("abr", "higher_lr")),
+}
 # Further pairs that the findings speak of, not adjusted.
 ASKED = {
     "adaptive": (("abr", "profile"), ("abr", "spaced"), ("spaced", "small_batches"), ("spaced", "small4")),

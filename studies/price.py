@@ -76,7 +76,7 @@ class Arm:
     rank: int
     tuned_at: int
     epochs: tuple[int, ...]
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
     rests: tuple[tuple[int, float, int], ...] = ()  # (epochs, from, below) of freeze as you go
 
 
