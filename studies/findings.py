@@ -2,43 +2,46 @@
 
     python studies/findings.py results
     python studies/findings.py results --map iterbatch/assets/evidence/map.json    # the map alone
+    python studies/findings.py results --figure docs/findings.png      # the figure alone; .pdf for a paper
 
 Unpacks each study below the folder and writes its report, then prints, for every cell, each arm against the
 baseline, the contrasts that its study file registered (Holm over them), and last what study 1 says of prices.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import price
 import records
 
+from iterbatch.bench.map import WAYS, cells
 from iterbatch.report import page, stats
 from iterbatch.report.comparison import CellScores, Comparison, read_cells
+from iterbatch.report.figures import PALETTE
 from iterbatch.report.scores import ArmScores
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 KEPT = Path(__file__).parent / "records"
-FOUR = (
-    ("auto_spaced", "baseline"),
-    ("auto_spaced", "random_spaced"),
-    ("abr", "baseline"),
-    ("frozen", "frozen_twin"),
-)
+THREE = (("auto_spaced", "baseline"), ("auto_spaced", "random_spaced"), ("abr", "baseline"))
 # Pairs of arms, by study; p-values are adjusted over the pairs of a cell.
 REGISTERED = {
-    "repetition": FOUR,
-    "repetition-limited": FOUR[:3],
+    "repetition": THREE,
+    "repetition-limited": THREE,
     "noise": (("excess", "abr"),),  # of two cells: see its study file
     "controls": (("abr", "scaled_lr"), ("abr", "higher_lr")),
 }
 # Further pairs that the findings speak of, not adjusted.
 ASKED = {
     "adaptive": (("abr", "profile"), ("abr", "spaced"), ("spaced", "small_batches"), ("spaced", "small4")),
-    "repetition": (("auto_spaced", "two_at_once"), ("auto_spaced", "abr"), ("auto_spaced", "small4")),
+    "repetition": (("auto_spaced", "abr"), ("auto_spaced", "small4"), ("window", "baseline")),
     "repetition-limited": (("auto_spaced", "two_at_once"), ("auto_spaced", "abr"), ("auto_spaced", "small4")),
 }
 
@@ -47,9 +50,9 @@ ASKED = {
 MAP = {
     "adaptive": {"at_once": "fixed2", "later": "spaced", "smaller": "small4"},
     "map": {"at_once": "two_at_once", "later": "two_spaced"},
-    "repetition": {"at_once": "two_at_once", "later": "auto_spaced", "smaller": "small4"},
+    "repetition": {"at_once": "abr", "later": "auto_spaced", "smaller": "small4"},
 }
-MODELS = {"bundled": "bundled 4.8 M"}  # others: SmolLM2
+MODELS = {"bundled": "bundled 4.3 M"}  # others: SmolLM2
 
 
 def main() -> None:
@@ -59,9 +62,13 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path)
     parser.add_argument("--map", type=Path)
+    parser.add_argument("--figure", type=Path)
     flags = parser.parse_args()
     if flags.map is not None:
         write_map(flags.results, flags.map)
+        return
+    if flags.figure is not None:
+        draw(flags.results, flags.figure)
         return
     for file in sorted(KEPT.glob("*.parquet")):
         for cell in page.write(_unpacked(file.stem, flags.results)):
@@ -98,6 +105,81 @@ def _print_cell(study: str, cell: CellScores) -> None:
     for pair in ASKED.get(study, ()):
         if (each := cell.compare(*pair)) is not None and each.interval is not None:
             print("asked: " + _words(each))
+
+
+# What is drawn of the real LLaMA: studies, and arms with their names.
+DRAWN = {"repetition": "text without limit", "repetition-limited": "8 batches, over and over"}
+ARMS = {
+    "abr": "abr, two passes at once",
+    "window": "window, at once",
+    "learnable": "learnable",
+    "random_spaced": "random batches, spaced",
+    "auto_spaced": "abr auto, spaced",
+    "small4": "batches of 4",
+}
+
+
+def draw(results: Path, file: Path) -> None:
+    """Every arm of the real LLaMA against its baseline, and what repeats were worth by batch and price."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.2), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_arms(left, results)
+    _draw_map(right)
+    for axes in (left, right):
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(file, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+
+
+def _draw_arms(axes: Axes, results: Path) -> None:
+    for shift, (study, title) in enumerate(DRAWN.items()):
+        (cell,) = read_cells(_unpacked(study, results))
+        found = [(place, each) for place, arm in enumerate(ARMS) if (each := cell.compare(arm)) is not None]
+        places = [place + 0.25 * shift for place, _ in found]
+        intervals = [each.interval for _, each in found if each.interval is not None]
+        middles = [each.estimate for each in intervals]
+        reach = [
+            [each.estimate - each.low for each in intervals],
+            [each.high - each.estimate for each in intervals],
+        ]
+        axes.errorbar(middles, places, xerr=reach, fmt="o", color=PALETTE[shift], capsize=2, label=title)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks([place + 0.125 for place in range(len(ARMS))], list(ARMS.values()), fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("log test perplexity against every batch once, equal FLOPs; left is better", fontsize=9)
+    axes.set_title("SmolLM2 (135 M), a repeat at 0.41", fontsize=10, loc="left")
+
+
+def _draw_map(axes: Axes) -> None:
+    for number, (way, title) in enumerate(WAYS.items()):
+        found = [(cell, cell.worth[way]) for cell in cells() if way in cell.worth]
+        for whole, marker in ((True, "s"), (False, "o")):
+            chosen = [(cell, worth) for cell, worth in found if (cell.price_ratio > 0.99) == whole]
+            axes.errorbar(
+                [cell.tokens * 1.06 ** (number - 1) for cell, _ in chosen],
+                [worth.estimate for _, worth in chosen],
+                yerr=[
+                    [worth.estimate - worth.low for _, worth in chosen],
+                    [worth.high - worth.estimate for _, worth in chosen],
+                ],
+                fmt=marker,
+                mfc="white" if whole else PALETTE[number],
+                color=PALETTE[number],
+                capsize=2,
+                label=f"{title}, a repeat at {'full price' if whole else '0.4 to 0.6'}" if chosen else None,
+            )
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="tokens a batch")
+    ticks = [512, 1024, 2048, 4096, 8192]
+    axes.set_xticks(ticks, [f"{each:,}" for each in ticks])
+    axes.set_xticks([], minor=True)
+    worths = [0.3, 0.5, 0.7, 1, 1.4, 2]
+    axes.set_yticks(worths, [f"{each:g}" for each in worths])
+    axes.set_yticks([], minor=True)
+    axes.set_title("What the compute was worth (above 1 it paid)", fontsize=10, loc="left")
 
 
 def _map_row(study: str, cell: CellScores) -> dict[str, Any]:
