@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 
 KEPT = Path(__file__).parent / "records"
 THREE = (("auto_spaced", "baseline"), ("auto_spaced", "random_spaced"), ("abr", "baseline"))
-# Pairs of arms, by study; p-values are adjusted over the pairs of a cell.
+# Pairs of arms, by study; p-values are adjusted over the pairs of all its cells.
 REGISTERED = {
     "repetition": THREE,
     "repetition-limited": THREE,
-    "noise": (("excess", "abr"),),  # of two cells: see its study file
+    "noise": (("excess", "abr"),),
     "controls": (("abr", "scaled_lr"), ("abr", "higher_lr")),
 }
 # Further pairs that the findings speak of, not adjusted.
@@ -71,8 +72,10 @@ def main() -> None:
         draw(flags.results, flags.figure)
         return
     for file in sorted(KEPT.glob("*.parquet")):
-        for cell in page.write(_unpacked(file.stem, flags.results)):
+        cells_of_study = page.write(_unpacked(file.stem, flags.results))
+        for cell in cells_of_study:
             _print_cell(file.stem, cell)
+        _print_registered(file.stem, cells_of_study)
     for name, plan in price.PLANS.items():
         if lines := price.read(KEPT / f"price-{name}.jsonl"):
             print(f"\n## price, {name}")
@@ -97,14 +100,17 @@ def _print_cell(study: str, cell: CellScores) -> None:
     for arm in cell.arms:
         if arm.finished:
             print(_arm_line(cell, arm))
-    registered = [cell.compare(*pair) for pair in REGISTERED.get(study, ())]
-    found = [each for each in registered if each is not None and each.interval is not None]
-    adjusted = stats.holm([each.interval.p for each in found if each.interval is not None])
-    for each, p in zip(found, adjusted, strict=True):
-        print("registered: " + _words(dataclasses.replace(each, p_adjusted=p)))
     for pair in ASKED.get(study, ()):
         if (each := cell.compare(*pair)) is not None and each.interval is not None:
             print("asked: " + _words(each))
+
+
+def _print_registered(study: str, cells_of_study: Sequence[CellScores]) -> None:
+    pairs = [(cell, cell.compare(*pair)) for cell in cells_of_study for pair in REGISTERED.get(study, ())]
+    found = [(cell, each) for cell, each in pairs if each is not None and each.interval is not None]
+    adjusted = stats.holm([each.interval.p for _, each in found if each.interval is not None])
+    for (cell, each), p in zip(found, adjusted, strict=True):
+        print(f"registered, {study} {cell.name}: {_words(dataclasses.replace(each, p_adjusted=p))}")
 
 
 # What is drawn of the real LLaMA: studies, and arms with their names.
@@ -135,7 +141,8 @@ def draw(results: Path, file: Path) -> None:
 
 
 def _draw_arms(axes: Axes, results: Path) -> None:
-    for shift, (study, title) in enumerate(DRAWN.items()):
+    there = [(study, title) for study, title in DRAWN.items() if (KEPT / f"{study}.parquet").exists()]
+    for shift, (study, title) in enumerate(there):
         (cell,) = read_cells(_unpacked(study, results))
         found = [(place, each) for place, arm in enumerate(ARMS) if (each := cell.compare(arm)) is not None]
         places = [place + 0.25 * shift for place, _ in found]

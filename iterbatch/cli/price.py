@@ -122,18 +122,17 @@ def _print_map(console: Console, measured: "Sequence[Placement]", config: BenchC
     for column in ("--lora_layers", *(_(way) for way in WAYS.values()), _("so"), ""):
         table.add_column(column)
     studies: list[str] = []
-    far = False
     for each in measured:
         cell = nearest(tokens, each.price_ratio_flops)
-        far |= cell.distance(tokens, each.price_ratio_flops) > FAR
         if cell.name not in studies:
             studies.append(cell.name)
         worth = [cell.worth.get(way) for way in WAYS]
         words = [
             "" if one is None else f"{one.estimate:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in worth
         ]
-        best = _(WAYS[cell.best]) if cell.best else _("every batch once")
-        table.add_row(each.lora_layers, *words, best, str(studies.index(cell.name) + 1))
+        far = cell.distance(tokens, each.price_ratio_flops) > FAR
+        so = _("too far to say") if far else _(WAYS[cell.best]) if cell.best else _("every batch once")
+        table.add_row(each.lora_layers, *words, so, str(studies.index(cell.name) + 1))
     console.print(table)
     lines = [f"{number}: {name}." for number, name in enumerate(studies, start=1)]
     lines.append(
@@ -143,6 +142,4 @@ def _print_map(console: Console, measured: "Sequence[Placement]", config: BenchC
             "docs/findings.md says what it rests on."
         )
     )
-    if far:
-        lines.append(_("Your batch or price is far from what was measured: take it as a guess."))
     console.print(Text("\n".join(lines)))

@@ -13,7 +13,7 @@ from iterbatch.records.result import read_result
 from iterbatch.records.tuning import Curve, read_curves
 from iterbatch.study.engines.processes import Processes
 from iterbatch.study.study_file import load_study
-from iterbatch.study.tune import MOST_BEYOND, beyond, tune, values
+from iterbatch.study.tune import MOST_BEYOND, Tuning, beyond, tune, values
 
 
 def test_values_cover_the_range_evenly_on_a_log_scale():
@@ -115,6 +115,18 @@ def test_a_trial_that_failed_and_was_tried_again_counts(tuned, tmp_path, monkeyp
     best.write_text(kept, encoding="utf-8")
     assert tune(file, copy, Processes(1)) == chosen
     assert math.isfinite(read_curves(copy / "study-tune")[""]["baseline"].losses[number][1])
+
+
+def test_trials_may_be_scored_on_less_text_than_their_arms(tuned, tmp_path):
+    file = tmp_path / "study.yaml"
+    text = tuned[1].read_text(encoding="utf-8")
+    file.write_text(text.replace("trials: 2", "trials: 2, max_eval_tokens: 77"), encoding="utf-8")
+    study = load_study(file)
+    (cell,) = Tuning(study, tmp_path / "trials").trials.cells
+    assert cell.config.data.max_eval_tokens == 77 != study.cells[0].config.data.max_eval_tokens
+    study = load_study(tuned[1])
+    (cell,) = Tuning(study, tmp_path / "trials").trials.cells
+    assert cell.config.data.max_eval_tokens == study.cells[0].config.data.max_eval_tokens
 
 
 def test_an_arm_whose_source_is_not_tuned(tuned, tmp_path):
