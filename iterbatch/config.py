@@ -23,6 +23,8 @@ from iterbatch.language import N_, _
 
 BUNDLED = "bundled"
 DEFAULT_LENGTH = 512  # tokens a block
+PYDOCS = "pydocs"  # the bundled text
+DEFAULT_TOKENS = 65_536  # of the bundled text, with the bundled model: two cores need minutes
 LONGEST_JSON = 1 << 22  # bytes of a model's config.json
 ASSETS = Path(__file__).parent / "assets" / "base"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -299,7 +301,7 @@ class DataConfig:
             "pydocs (the Python reference manual inside CPython), wikitext, dialogue, or any hub name "
             "'owner/name'."
         ),
-    ] = "pydocs"
+    ] = PYDOCS
     dataset_config: Annotated[
         str | None, Knob("The hub data set's configuration; wikitext: wikitext-103-raw-v1.")
     ] = None
@@ -339,7 +341,11 @@ class DataConfig:
     ] = None
     max_train_tokens: Annotated[
         int | None,
-        Knob("Use only the first tokens of the training text, at least a block. Default: all", at_least=1),
+        Knob(
+            "Use only the first tokens of the training text, at least a block. Default: all; of the bundled "
+            "text, with the bundled model, 65,536",
+            at_least=1,
+        ),
     ] = None
     probe_text: Annotated[
         float | None,
@@ -576,6 +582,12 @@ class BenchConfig:
         return self.data.max_length or min(DEFAULT_LENGTH, _context(Path(self.model_path)))
 
     @property
+    def max_train_tokens(self) -> int | None:
+        """Tokens of training text, resolved; None is all of it."""
+        small = self.bundled and self.data.dataset == PYDOCS and self.data.data_dir is None
+        return self.data.max_train_tokens or (DEFAULT_TOKENS if small else None)
+
+    @property
     def lr(self) -> float:
         """Peak learning rate, resolved."""
         return self.training.lr or (5e-3 if self.bundled else 2e-4)
@@ -585,7 +597,8 @@ class BenchConfig:
         values: dict[str, Any] = {}
         for group in (self.model, self.data, self.training, self.speed, self.strategy, self.run):
             values |= {each.name: getattr(group, each.name) for each in dataclasses.fields(group)}
-        values |= {**values.pop("knobs"), "max_length": self.max_length, "lr": self.lr}
+        resolved = {name: getattr(self, name) for name in ("max_train_tokens", "max_length", "lr")}
+        values |= {**values.pop("knobs"), **resolved}
         return {name: _plain(value) for name, value in values.items() if name not in NOT_SAVED}
 
 

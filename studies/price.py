@@ -33,6 +33,7 @@ import torch
 from iterbatch.bench.prepare import make_stream, prepare
 from iterbatch.checks import make_config
 from iterbatch.data.batch import MicroBatch
+from iterbatch.data.windows import prepare_eval
 from iterbatch.evaluation.perplexity import Score, score
 from iterbatch.model.base import PRECISION
 from iterbatch.model.cut import CutModel
@@ -86,7 +87,8 @@ class Plan:
 
     text: str  # folder below dialogue in the folder of texts
     train_tokens: int
-    eval_tokens: int
+    validation_tokens: int  # from here on in whole documents
+    test_tokens: int
     rates: tuple[float, ...]
     arms: tuple[Arm, ...]
 
@@ -96,6 +98,7 @@ PLANS = {
     "real": Plan(
         "casino",
         16384,
+        9000,
         34000,
         (0.75e-3, 1.5e-3, 3e-3),
         (
@@ -107,6 +110,7 @@ PLANS = {
     "small": Plan(
         "star",
         65536,
+        20000,
         40000,
         (4e-3, 8e-3, 16e-3),
         (
@@ -150,13 +154,20 @@ class Bench:
             max_length=LENGTH,
             batch_size=BATCH,
             max_train_tokens=plan.train_tokens,
-            max_eval_tokens=plan.eval_tokens,
+            max_eval_tokens=plan.test_tokens,
             lora_layers=lora_layers,
             lora_rank=rank,
             lora_alpha=rank,
             dtype="float32",
         )
         self.prepared = prepare(config)
+        validation = self.prepared.corpus.splits["validation"]
+        self.texts = {
+            **self.prepared.texts,
+            "validation": prepare_eval(
+                validation, self.prepared.base.tokenizer, LENGTH, plan.validation_tokens
+            ),
+        }
         self.model = load_model(self.prepared.base, config.model)
         self.accelerator = make_accelerator(PRECISION[self.prepared.base.dtype])
         self.cut = CutModel(self.model)
@@ -211,7 +222,7 @@ class Bench:
     def score(self, split: str, cut: CutModel) -> Score:
         """Of a text, with the adapter as it is."""
         source = self.kept[split] if cut is self.cut else PrefixSource(cut, self.accelerator.device)
-        return score(cut, self.prepared.texts[split], self.accelerator, source=source)
+        return score(cut, self.texts[split], self.accelerator, source=source)
 
 
 def rested(model: Any, below: int) -> FlopModel:

@@ -117,7 +117,7 @@ def prepare(config: BenchConfig) -> Prepared:
         data.dataset, dataset_config=data.dataset_config, data_dir=data.data_dir, reading=reading
     )
     length, key = config.max_length, corpus.digest()
-    blocks = prepare_blocks(corpus.splits["train"], tokenizer, length, data.max_train_tokens, data_key=key)
+    blocks = prepare_blocks(corpus.splits["train"], tokenizer, length, config.max_train_tokens, data_key=key)
     texts = {
         split: prepare_eval(corpus.splits[split], tokenizer, length, data.max_eval_tokens)
         for split in ("validation", "test")
