@@ -53,6 +53,7 @@ MAP = {
     "map": {"at_once": "two_at_once", "later": "two_spaced"},
     "repetition": {"at_once": "abr", "later": "auto_spaced", "smaller": "small4"},
 }
+UNITS = {"FLOPs": "flops", "seconds": "train_seconds"}
 MODELS = {"bundled": "bundled 4.3 M"}  # others: SmolLM2
 
 
@@ -222,9 +223,13 @@ def _arm_line(cell: CellScores, arm: ArmScores) -> str:
     known = {each.arm: each for each in cell.against_baseline}
     if (each := known.get(arm.name)) is None or each.interval is None:
         return line
-    worth = cell.worth(arm.name)
-    known_worth = "" if worth is None else f", worth {worth.estimate:.2f} [{worth.low:.2f}, {worth.high:.2f}]"
-    return f"{line}; {_words(each)}{known_worth}"
+    found = {unit: cell.worth(arm.name, axis) for unit, axis in UNITS.items()}
+    worth = [
+        f", worth in {unit} {each.estimate:.2f} [{each.low:.2f}, {each.high:.2f}]"
+        for unit, each in found.items()
+        if each is not None
+    ]
+    return f"{line}; {_words(each)}{''.join(worth)}"
 
 
 def _words(each: Comparison) -> str:

@@ -340,14 +340,19 @@ class CellScores:
         costs = [getattr(record, axis) for record in records]
         return stats.cost_to_target(costs, list(map(_loss, records)), target)
 
-    @cached_property
-    def exchange(self) -> tuple[list[float], list[float]] | None:
-        """Budgets at which the baseline was trained, as shares, and how its final loss differs; or None."""
+    def exchange(self, axis: str = "flops") -> tuple[list[float], list[float]] | None:
+        """What the baseline spent at its several budgets, as shares, and how its final loss differs; or None.
+
+        Args:
+            axis: ``flops`` or ``train_seconds``.
+        """
         ladder = [arm for arm in self.arms if arm.kind == REFERENCE and arm.budget_share != 1]
-        found = [(arm, self._pairs(arm.name, REFERENCE, "test")) for arm in ladder]
         steps = [
-            (arm.budget_share, statistics.fmean(one.loss("test") - two.loss("test") for one, two in pairs))
-            for arm, pairs in found
+            (
+                statistics.fmean(_spent(one, axis) / _spent(two, axis) for one, two in pairs),
+                statistics.fmean(one.loss("test") - two.loss("test") for one, two in pairs),
+            )
+            for pairs in (self._pairs(arm.name, REFERENCE, "test") for arm in ladder)
             if pairs
         ]
         if not steps:
@@ -355,19 +360,21 @@ class CellScores:
         shares, losses = zip(*sorted([*steps, (1.0, 0.0)]), strict=True)
         return list(shares), list(losses)
 
-    def worth(self, name: str) -> stats.Interval | None:
+    def worth(self, name: str, axis: str = "flops") -> stats.Interval | None:
         """Compute that the baseline needs to end where an arm does, over what the arm spent: above 1 it pays.
+
+        The same with ``axis`` as ``train_seconds``.
 
         Geometric mean over seeds, each against its own baseline, with a t interval, in which the rate of
         exchange is taken as known. None where the baseline was trained at one budget only, or no seed is in
         both.
         """
-        pairs = self._pairs(name, REFERENCE, "test")
-        if self.exchange is None or not pairs:
+        pairs, ladder = self._pairs(name, REFERENCE, "test"), self.exchange(axis)
+        if ladder is None or not pairs:
             return None
-        share = stats.exchange(*self.exchange)
+        share = stats.exchange(*ladder)
         needed = [share(one.loss("test") - two.loss("test")) for one, two in pairs]
-        spent = [_flops(one) / (_flops(two) or math.nan) for one, two in pairs]
+        spent = [_spent(one, axis) / _spent(two, axis) for one, two in pairs]
         return stats.speed_up(needed, spent)
 
     @property
@@ -380,8 +387,9 @@ def _loss(record: EvalRecord) -> float:
     return record.nats / record.tokens
 
 
-def _flops(scores: SeedScores) -> float:
-    return scores.result.flops if scores.result is not None else math.nan
+def _spent(scores: SeedScores, axis: str) -> float:
+    """Of a run, ``flops`` or ``train_seconds``; not a number where none are recorded."""
+    return float(getattr(scores.result, axis, 0)) or math.nan
 
 
 def _questions(arm: ArmScores, adaptive: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -355,9 +355,9 @@ def _to_target(axes: Axes, cell: CellScores) -> bool:
 
 
 def _worth(axes: Axes, cell: CellScores) -> bool:
-    if cell.exchange is None:
+    if (ladder := cell.exchange()) is None:
         return False
-    shares, losses = cell.exchange
+    shares, losses = ladder
     axes.plot(shares, losses, color=INK, marker="o", markersize=4, linewidth=1.2, label="baseline")
     found = sorted((each.estimate, each.arm) for each in cell.against_baseline if np.isfinite(each.estimate))
     reach = np.ptp([*losses, *(estimate for estimate, _ in found)])

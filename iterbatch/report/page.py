@@ -244,8 +244,8 @@ def _notes(cell: CellScores) -> list[str]:
                 "Holm's method."
             ).format(method=method, coverage=coverage[method], others=others)
         )
-    if cell.exchange is not None:
-        shares = ", ".join(f"{share:g}" for share in cell.exchange[0])
+    if (ladder := cell.exchange()) is not None:
+        shares = ", ".join(f"{share:.3g}" for share in ladder[0])
         notes.append(
             _("Compute worth is read off baselines that decayed at {shares} of the budget.").format(
                 shares=shares
