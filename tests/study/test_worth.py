@@ -50,7 +50,10 @@ def test_the_baseline_at_other_budgets_is_no_arm_of_the_comparison(cell):
     ]
     assert flops[0] / flops[1] == pytest.approx(0.5, rel=0.1)
     assert flops[2] / flops[1] == pytest.approx(2.0, rel=0.1)
-    assert cell.exchange[0] == [0.5, 1.0, 2.0]
+    spent, losses = cell.exchange()
+    assert spent == pytest.approx([flops[0] / flops[1], 1, flops[2] / flops[1]])
+    assert losses[1] == 0
+    assert cell.exchange("train_seconds")[1] == losses
 
 
 def test_compute_worth_has_an_interval_and_follows_the_loss(cell):
