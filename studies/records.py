@@ -62,9 +62,10 @@ def _by_name(path: Path) -> str:
             '"save_dir": "results"',
             re.sub(r"(?m)^( *)save_dir: .*$", r"\1save_dir: results", text),
         )
-        if found := re.search(r'(?m)^\W*(?:data_dir|model_name)\W+?((?:/|[A-Za-z]:[\\/])[^"\n]*)', text):
+        if found := re.search(r'(?:data_dir|model_name)"?: "?((?:/|[A-Za-z]:[\\/])[^"\n]*)', text):
             raise SystemExit(
-                f"error: {path} names {found[1]}, a folder of this machine; set one of {', '.join(PLACES)} to it"
+                f"error: {path} names {found[1]}, a folder of this machine; set one of "
+                f"{', '.join(PLACES)} to it"
             )
     return text
 

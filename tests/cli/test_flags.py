@@ -9,6 +9,7 @@ from support.commands import ORIGINAL
 
 from iterbatch.checks import make_config, settings
 from iterbatch.cli.main import main
+from iterbatch.config import DEFAULT_TOKENS
 from iterbatch.errors import ConfigError
 from iterbatch.flags import parse_config
 from iterbatch.plain_yaml import dump_yaml, parse_yaml
@@ -180,6 +181,13 @@ def test_make_config_refuses_what_it_does_not_know():
     with pytest.raises(ConfigError, match="did you mean 'epochs'"):
         make_config(epoch=3)
     assert make_config(epochs=1) == make_config()
+
+
+def test_only_the_bundled_text_under_the_bundled_model_is_cut_short():
+    assert make_config().max_train_tokens == make_config().flat()["max_train_tokens"] == DEFAULT_TOKENS
+    assert make_config(max_train_tokens=100_000).max_train_tokens == 100_000
+    for other in ({"dataset": "dialogue"}, {"data_dir": "mine"}, {"model_name": "owner/name"}):
+        assert make_config(**other).max_train_tokens is None
 
 
 def test_dry_run_plans_and_trains_nothing(tmp_path, capsys):

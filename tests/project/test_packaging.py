@@ -152,11 +152,13 @@ def test_packed_records_are_laid_out_again_and_name_no_folder(tmp_path, monkeypa
     with pytest.raises(SystemExit, match="exists already"):
         records.unpack(tmp_path / "study.parquet", tmp_path / "again")
     monkeypatch.delenv("ITERBATCH_DATA")
+    with pytest.raises(SystemExit, match="casino, a folder of this machine; set one of ITERBATCH_DATA"):
+        records.pack(run_dir, tmp_path / "study.parquet")
     assert records.unpack(tmp_path / "study.parquet", tmp_path / "third") == 2  # a report needs no text
     assert "${ITERBATCH_DATA}/casino" in (tmp_path / "third/study.json").read_text(encoding="utf-8")
-    for file in (ROOT / "studies/records").glob("*.parquet"):
+    for file in (ROOT / "studies/records").rglob("*.parquet"):
         texts = pq.read_table(file).column("text").to_pylist()
         assert not re.search(
-            r'"?data_dir"?: "?/',
+            r'"?(data_dir|model_name)"?: "?/',
             "\n".join(text for text in texts if text.startswith("{") or "data_dir" in text),
         ), file
