@@ -413,6 +413,7 @@ def _learned(axes: Axes, cell: CellScores) -> bool:
             gains,
             color=colour,
             linewidth=1.6,
+            marker="o" if len(course) == 1 else None,
             label=in_figure("pass {number}").format(number=place + 1),
         )
         low, high = ([point[name][place] for point in course] for name in ("low", "high"))
