@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import price
 import records
+from scipy.stats import ttest_rel
 
 from iterbatch.bench.map import WAYS, cells
 from iterbatch.report import page, stats
@@ -76,6 +77,7 @@ def main() -> None:
         cells_of_study = page.write(_unpacked(file.stem, flags.results))
         for cell in cells_of_study:
             _print_cell(file.stem, cell)
+            _print_texts(file.stem, cell)
         _print_registered(file.stem, cells_of_study)
     for name, plan in price.PLANS.items():
         if lines := price.read(KEPT / f"price-{name}.jsonl"):
@@ -104,6 +106,29 @@ def _print_cell(study: str, cell: CellScores) -> None:
     for pair in ASKED.get(study, ()):
         if (each := cell.compare(*pair)) is not None and each.interval is not None:
             print("asked: " + _words(each))
+
+
+def _print_texts(study: str, cell: CellScores) -> None:
+    """What repeats did to the texts that are sampled, where a study has enough of them for MAUVE.
+
+    MAUVE needs a model: its numbers are kept beside the records, as ``iterbatch report --mauve`` gave them.
+    """
+    if not (file := KEPT / f"{study}-mauve.json").exists():
+        return
+    mauve = json.loads(file.read_text(encoding="utf-8"))["sampled"]
+    values: dict[str, dict[str, list[float]]] = {}
+    for arm in cell.arms:
+        texts = [each.result.text["sampled"] for each in arm.finished if each.result is not None]
+        known = {name: [text[name] for text in texts] for name in ("distinct_2", "rep_4")}
+        values[arm.name] = known | {"mauve": mauve[arm.name]}
+    for arm, metrics in values.items():
+        found = [f"{name} {statistics.fmean(each):.3f}" for name, each in metrics.items()]
+        for name, each in metrics.items() if arm != "baseline" else ():
+            test = ttest_rel(each, values["baseline"][name])
+            low, high = test.confidence_interval()
+            change = statistics.fmean(each) - statistics.fmean(values["baseline"][name])
+            found.append(f"{name} - baseline {change:+.3f} [{low:+.3f}, {high:+.3f}]")
+        print(f"texts of {arm}: " + ", ".join(found))
 
 
 def _print_registered(study: str, cells_of_study: Sequence[CellScores]) -> None:
