@@ -52,6 +52,7 @@ ASKED = {
 MAP = {
     "adaptive": {"at_once": "fixed2", "later": "spaced", "smaller": "small4"},
     "map": {"at_once": "two_at_once", "later": "two_spaced"},
+    "map-real": {"at_once": "two_at_once", "later": "two_spaced"},
     "repetition": {"at_once": "abr", "later": "auto_spaced", "smaller": "small4"},
 }
 UNITS = {"FLOPs": "flops", "seconds": "train_seconds"}
