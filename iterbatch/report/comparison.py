@@ -366,14 +366,16 @@ class CellScores:
         The same with ``axis`` as ``train_seconds``.
 
         Geometric mean over seeds, each against its own baseline, with a t interval, in which the rate of
-        exchange is taken as known. None where the baseline was trained at one budget only, or no seed is in
-        both.
+        exchange is taken as known. None where the baseline was trained at one budget only, no seed is in
+        both, or no compute is known at which the baseline ends as low with some seed.
         """
         pairs, ladder = self._pairs(name, REFERENCE, "test"), self.exchange(axis)
         if ladder is None or not pairs:
             return None
         share = stats.exchange(*ladder)
         needed = [share(one.loss("test") - two.loss("test")) for one, two in pairs]
+        if math.inf in needed:
+            return None
         spent = [_spent(one, axis) / _spent(two, axis) for one, two in pairs]
         return stats.speed_up(needed, spent)
 

@@ -251,6 +251,13 @@ def _notes(cell: CellScores) -> list[str]:
                 shares=shares
             )
         )
+        if min(ladder[1]) < ladder[1][-1]:
+            notes.append(
+                _(
+                    "The largest of these budgets does not end lowest: more compute does not make the "
+                    "baseline better here. An arm that ends lower than its best has no compute worth."
+                )
+            )
     notes += _base_table(cell)
     if cell.skipped_lines:
         notes.append(

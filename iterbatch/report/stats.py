@@ -387,6 +387,9 @@ def speed_up(reference: Sequence[float], costs: Sequence[float]) -> Interval:
     return Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half), p, "t")
 
 
+BEYOND = 20.0  # a logarithm of compute no baseline is ever given
+
+
 def exchange(compute: Sequence[float], losses: Sequence[float]) -> Callable[[float], float]:
     """From a difference of final loss to the compute that makes it, as a share of the baseline's.
 
@@ -396,19 +399,24 @@ def exchange(compute: Sequence[float], losses: Sequence[float]) -> Callable[[flo
 
     Returns:
         A function: the share of the compute at which the baseline's loss differs by so much, on straight
-        lines over the logarithm of compute, which go on beyond the ends. Losses that rise with compute are
-        evened out.
+        lines over the logarithm of compute, which go on beyond the ends; losses that rise with compute on the
+        way to the lowest are evened out. Where the largest budget does not end lowest, no compute is known
+        that ends lower still: infinite there.
     """
     order = np.argsort(compute)
     places, values = np.log(np.asarray(compute, dtype=float)[order]), np.asarray(losses, dtype=float)[order]
-    falling = optimize.isotonic_regression(values, increasing=False).x
+    best = int(np.argmin(values))
+    falling = optimize.isotonic_regression(values[: best + 1], increasing=False).x
     # Where two budgets end alike there is no rate of exchange: the mean slope stands in.
-    mean = (falling[-1] - falling[0]) / (places[-1] - places[0])
-    slopes = np.minimum(np.diff(falling) / np.diff(places), 0.1 * mean if mean < 0 else -1e-12)
+    steps, mean = np.diff(places[: best + 1]), (falling[-1] - falling[0]) / (places[best] - places[0] or 1.0)
+    slopes = np.minimum(np.diff(falling) / steps, 0.1 * mean)
 
     def worth(difference: float) -> float:
+        if best == 0 or (best < len(values) - 1 and difference < falling[-1]):
+            return math.inf
         at = int(np.clip(np.searchsorted(-falling, -difference) - 1, 0, len(slopes) - 1))
-        return math.exp(places[at] + (difference - falling[at]) / slopes[at])
+        exponent = float(places[at] + (difference - falling[at]) / slopes[at])
+        return math.exp(exponent) if exponent < BEYOND else math.inf
 
     return worth
 

@@ -218,6 +218,16 @@ def test_exchange_of_loss_for_compute():
     assert all(one < two for one, two in itertools.pairwise(found))
 
 
+def test_what_no_budget_of_the_baseline_buys_is_worth_no_number():
+    over_and_over = stats.exchange([0.7, 1.0, 1.4], [0.02, 0.0, 0.06])  # text met too often: the best is 1
+    assert over_and_over(0.0) == pytest.approx(1.0)
+    assert over_and_over(0.02) == pytest.approx(0.7)
+    assert over_and_over(-0.001) == np.inf
+    assert over_and_over(0.75) < 1e-5
+    assert stats.exchange([1.0, 1.4], [0.0, 0.1])(0.0) == np.inf  # compute buys nothing at all
+    assert stats.exchange([0.7, 1.0], [1e-9, 0.0])(-0.75) == np.inf
+
+
 def test_expected_best_of_n():
     values = [3.0, 1.0, 2.0]
     expected = stats.expected_best(values)
