@@ -400,8 +400,8 @@ def exchange(compute: Sequence[float], losses: Sequence[float]) -> Callable[[flo
     Returns:
         A function: the share of the compute at which the baseline's loss differs by so much, on straight
         lines over the logarithm of compute, which go on beyond the ends; losses that rise with compute on the
-        way to the lowest are evened out. Where the largest budget does not end lowest, no compute is known
-        that ends lower still: infinite there.
+        way to the lowest are evened out. Infinite where no compute is known that makes it: below the lowest,
+        if that is not the largest budget's, and everywhere if it is the smallest's.
     """
     order = np.argsort(compute)
     places, values = np.log(np.asarray(compute, dtype=float)[order]), np.asarray(losses, dtype=float)[order]
