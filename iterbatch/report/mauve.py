@@ -86,7 +86,10 @@ class _Embedder:
             )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-            self.model = AutoModel.from_pretrained(model, local_files_only=True, use_safetensors=True).eval()
+            # float32, since many CPUs take minutes for a pass in bfloat16
+            self.model = AutoModel.from_pretrained(
+                model, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            ).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as problem:
             raise ConfigError(
                 _("--mauve {model} cannot be loaded: {problem}").format(
