@@ -145,7 +145,6 @@ DRAWN = {"repetition": "text without limit", "repetition-limited": "8 batches, o
 ARMS = {
     "abr": "abr, two passes at once",
     "window": "window, at once",
-    "learnable": "learnable",
     "random_spaced": "random batches, spaced",
     "auto_spaced": "abr auto, spaced",
     "small4": "batches of 4",
@@ -183,28 +182,27 @@ def _draw_arms(axes: Axes, results: Path) -> None:
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks([place + 0.125 for place in range(len(ARMS))], list(ARMS.values()), fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlabel("log test perplexity against every batch once, equal FLOPs; left is better", fontsize=9)
+    axes.set_xlabel("log test perplexity minus the baseline's, at equal FLOPs", fontsize=9)
     axes.set_title("SmolLM2 (135 M), a repeat at 0.41", fontsize=10, loc="left")
 
 
 def _draw_map(axes: Axes) -> None:
     for number, (way, title) in enumerate(WAYS.items()):
-        found = [(cell, cell.worth[way]) for cell in cells() if way in cell.worth]
-        for whole, marker in ((True, "s"), (False, "o")):
-            chosen = [(cell, worth) for cell, worth in found if (cell.price_ratio > 0.99) == whole]
+        color, label = PALETTE[number], title
+        for cell in cells():
+            if (worth := cell.worth.get(way)) is None:
+                continue
             axes.errorbar(
-                [cell.tokens * 1.06 ** (number - 1) for cell, _ in chosen],
-                [worth.estimate for _, worth in chosen],
-                yerr=[
-                    [worth.estimate - worth.low for _, worth in chosen],
-                    [worth.high - worth.estimate for _, worth in chosen],
-                ],
-                fmt=marker,
-                mfc="white" if whole else PALETTE[number],
-                color=PALETTE[number],
+                cell.tokens * 1.06 ** (number - 1),
+                worth.estimate,
+                yerr=[[worth.estimate - worth.low], [worth.high - worth.estimate]],
+                fmt="o" if cell.model in MODELS.values() else "D",
+                mfc="white" if cell.price_ratio > 0.99 else color,
+                color=color,
                 capsize=2,
-                label=f"{title}, a repeat at {'full price' if whole else '0.4 to 0.6'}" if chosen else None,
+                label=label,
             )
+            label = ""
     axes.axhline(1, color="black", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="tokens a batch")
     ticks = [512, 1024, 2048, 4096, 8192]
@@ -213,7 +211,8 @@ def _draw_map(axes: Axes) -> None:
     worths = [0.3, 0.5, 0.7, 1, 1.4, 2]
     axes.set_yticks(worths, [f"{each:g}" for each in worths])
     axes.set_yticks([], minor=True)
-    axes.set_title("What the compute was worth (above 1 it paid)", fontsize=10, loc="left")
+    title = "Compute worth (diamonds: SmolLM2; hollow: full price)"
+    axes.set_title(title, fontsize=10, loc="left")
 
 
 def _map_row(study: str, cell: CellScores) -> dict[str, Any]:
