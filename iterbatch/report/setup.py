@@ -147,11 +147,18 @@ def _text(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     return _joined(
         str(data.get("source") or settings.get("dataset") or ""),
         _count(documents, _("documents")),
-        _count(plan.get("tokens"), _("tokens")),
+        _count(_of_an_epoch("tokens", settings, plan), _("tokens")),
         asked,
         _digest(_part(_part(manifest, "origin"), "text").get("train") or data.get("sha256"), _("the text")),
         _("licence: {licence}").format(licence=_(str(data["licence"]))) if data.get("licence") else "",
     )
+
+
+def _of_an_epoch(name: str, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> float | None:
+    """Plans count tokens and batches over all epochs."""
+    whole, epochs = plan.get(name), settings.get("epochs") or 1
+    known = isinstance(whole, int | float) and isinstance(epochs, int)
+    return whole / epochs if known else None
 
 
 def _budget(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
@@ -160,12 +167,9 @@ def _budget(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     if unit == "epochs":
         return _("{epochs} for every arm; what that costs differs").format(epochs=epochs)
     amount = settings.get("budget")
-    what = (
-        f"{amount:,.0f}"
-        if isinstance(amount, int | float)
-        else _("what the baseline needs for {epochs}").format(epochs=epochs)
-    )
-    flops = plan.get("flops")
+    given = isinstance(amount, int | float)
+    what = f"{amount:,.0f}" if given else _("what the baseline needs for {epochs}").format(epochs=epochs)
+    flops = amount if given else plan.get("flops")
     size = f"{flops / 1e9:,.0f} GFLOPs" if unit == "flops" and isinstance(flops, int | float) else ""
     return _joined(
         _("the same {unit} for every arm: {what}").format(unit=_(UNITS.get(unit, unit)), what=what), size
@@ -183,7 +187,7 @@ def _batch(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     length = _count(plan.get("max_length") or settings.get("max_length"), _("tokens each"))
     return _joined(
         blocks + (_(" of {length}").format(length=length) if length else ""),
-        _count(plan.get("batches"), _("batches in the text")),
+        _count(_of_an_epoch("batches", settings, plan), _("batches in the text")),
     )
 
 

@@ -11,6 +11,7 @@ from support.studies import study_file
 from iterbatch.cli.main import main
 from iterbatch.report.answers import cautions, conclusion, over_all
 from iterbatch.report.comparison import Comparison, read_cells
+from iterbatch.report.setup import setup_of
 from iterbatch.report.stats import Interval
 from iterbatch.report.tables import tex
 from iterbatch.report.wording import markdown, p_words
@@ -89,6 +90,21 @@ def test_the_set_up_is_what_the_records_say(made):
             "not tuned",
         ):
             assert value in shown, value
+
+
+def test_the_set_up_counts_the_text_once_and_a_budget_that_was_given(copies):
+    run = copies / "flops"
+    settings = _text(run, "config.yaml")
+    for before, after in (("epochs: 1", "epochs: 4"), ("budget: null", "budget: 2.5e+12")):
+        assert settings.count(before) == 1
+        settings = settings.replace(before, after)
+    (run / "config.yaml").write_text(settings, encoding="utf-8")
+    plan = json.loads(_text(run, "manifest.json"))["plan"]
+    (cell,) = read_cells(run)
+    told = setup_of(cell)
+    assert f" documents, {plan['tokens'] / 4:,.0f} tokens" in told["Training text"]
+    assert told["Batch"].endswith(f", {plan['batches'] / 4:,.0f} batches in the text")
+    assert told["Budget"] == "the same FLOPs for every arm: 2,500,000,000,000, 2,500 GFLOPs"
 
 
 def test_a_report_without_a_manifest_is_made(copies):
