@@ -157,8 +157,7 @@ def _text(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 def _of_an_epoch(name: str, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> float | None:
     """Plans count tokens and batches over all epochs."""
     whole, epochs = plan.get(name), settings.get("epochs") or 1
-    known = isinstance(whole, int | float) and isinstance(epochs, int)
-    return whole / epochs if known else None
+    return whole / epochs if isinstance(whole, int | float) and isinstance(epochs, int) else None
 
 
 def _budget(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
