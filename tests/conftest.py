@@ -86,6 +86,22 @@ def tiny_flags(folder):
 
 
 @pytest.fixture
+def llama(tiny_folder):
+    """A function that loads the tiny model anew, with adapters on its last layer or on others."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from iterbatch.config import ModelConfig
+    from iterbatch.model.lora import attach_adapter
+
+    def load(layers=(1,), dropout=0.0, **changed):
+        base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, **changed)
+        return attach_adapter(base, "float32", ModelConfig(lora_dropout=dropout), list(layers)).train()
+
+    return load
+
+
+@pytest.fixture
 def tiny(tiny_folder):
     """Flags of a quick run on the tiny model, in float32, without trackers."""
     return tiny_flags(tiny_folder)

@@ -13,15 +13,14 @@ import torch
 from conftest import ROOT
 from support.steps import LR, blocks, epochs, make_step
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import iterbatch
-from iterbatch.config import ModelConfig
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
 from iterbatch.errors import ConfigError, RunError
 from iterbatch.integrations.transformers import RepeatCallback, RepeatMixin, repeat_batches
-from iterbatch.model.lora import attach_adapter, copy_adapter
+from iterbatch.model.lora import copy_adapter
 from iterbatch.reuse.in_model import enable_prefix_reuse
 from iterbatch.training.loop import fit
 from iterbatch.training.passes import make_optimizer
@@ -49,15 +48,6 @@ class Repeating(RepeatMixin, Trainer):
 class InOrder(RepeatMixin, Trainer):
     def _get_train_sampler(self, *_):
         return SequentialSampler(self.train_dataset)
-
-
-@pytest.fixture
-def llama(tiny_folder):
-    def load(layers=(1,), dropout=0.0):
-        base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-        return attach_adapter(base, "float32", ModelConfig(lora_dropout=dropout), list(layers)).train()
-
-    return load
 
 
 def _args(folder, **changed):

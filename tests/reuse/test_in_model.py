@@ -7,10 +7,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import iterbatch
-from iterbatch.config import ModelConfig
 from iterbatch.errors import ConfigError
 from iterbatch.integrations.transformers import RepeatMixin
-from iterbatch.model.lora import attach_adapter, copy_adapter
+from iterbatch.model.lora import copy_adapter
 from iterbatch.reuse.in_model import RowsOnDisk, enable_prefix_reuse, reuse_of
 
 TEXT = torch.from_numpy(blocks(12)).long()
@@ -18,15 +17,6 @@ TEXT = torch.from_numpy(blocks(12)).long()
 
 class Repeating(RepeatMixin, Trainer):
     pass
-
-
-@pytest.fixture
-def llama(tiny_folder):
-    def load(layers=(1,), dropout=0.0, **changed):
-        base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, **changed)
-        return attach_adapter(base, "float32", ModelConfig(lora_dropout=dropout), list(layers)).train()
-
-    return load
 
 
 def _rows(padding="none"):

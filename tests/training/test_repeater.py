@@ -24,17 +24,6 @@ from iterbatch.training.passes import make_optimizer, schedule, warmup_share
 BATCHES, TEXT = 12, blocks(24)
 
 
-@pytest.fixture
-def llama(tiny_folder):
-    """A function that loads the tiny model anew, with adapters on its last layer or on others."""
-
-    def load(layers=(1,), dropout=0.0):
-        base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-        return attach_adapter(base, "float32", ModelConfig(lora_dropout=dropout), list(layers)).train()
-
-    return load
-
-
 def _batches(micro=1):
     """The text as Transformers takes it: labels at their own places."""
     rows = torch.from_numpy(TEXT).long()
