@@ -86,7 +86,7 @@ class _Embedder:
             )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-            # float32, since many CPUs take minutes for a pass in bfloat16
+            # float32: weights kept in bfloat16 would be computed in it, which many CPUs do slowly
             self.model = AutoModel.from_pretrained(
                 model, local_files_only=True, use_safetensors=True, dtype=torch.float32
             ).eval()
