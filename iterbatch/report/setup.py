@@ -168,7 +168,7 @@ def _budget(settings: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     amount = settings.get("budget")
     given = isinstance(amount, int | float)
     what = f"{amount:,.0f}" if given else _("what the baseline needs for {epochs}").format(epochs=epochs)
-    flops = amount if given else plan.get("flops")
+    flops = None if given else plan.get("flops")
     size = f"{flops / 1e9:,.0f} GFLOPs" if unit == "flops" and isinstance(flops, int | float) else ""
     return _joined(
         _("the same {unit} for every arm: {what}").format(unit=_(UNITS.get(unit, unit)), what=what), size

@@ -104,7 +104,7 @@ def test_the_set_up_counts_the_text_once_and_a_budget_that_was_given(copies):
     told = setup_of(cell)
     assert f" documents, {plan['tokens'] / 4:,.0f} tokens" in told["Training text"]
     assert told["Batch"].endswith(f", {plan['batches'] / 4:,.0f} batches in the text")
-    assert told["Budget"] == "the same FLOPs for every arm: 2,500,000,000,000, 2,500 GFLOPs"
+    assert told["Budget"] == "the same FLOPs for every arm: 2,500,000,000,000"
 
 
 def test_a_report_without_a_manifest_is_made(copies):
