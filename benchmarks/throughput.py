@@ -46,14 +46,22 @@ COLD_STARTS: list[float] = []
 
 
 def ours(
-    peft, model, flops, blocks: Blocks, accelerator, strategy: BaseTrainingStrategy, batches: int
+    peft,
+    model,
+    flops,
+    blocks: Blocks,
+    accelerator,
+    strategy: BaseTrainingStrategy,
+    batches: int,
+    *,
+    rows: int = BATCH,
 ) -> float:
     """Seconds a batch of this project's loop."""
     reset_adapter(peft, seed=0)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, LR, 0.0))
     account = Account(flops, Ledger(), Allowance("epochs", batches + WARM, batches + WARM))
     source = PrefixSource(accelerator.unwrap_model(model), accelerator.device)
-    stream = BatchStream(blocks, BATCH, 1, seed=0)
+    stream = BatchStream(blocks, rows, 1, seed=0)
     passes = Passes(model, optimizer, accelerator, clip_norm=1.0)
     step = TrainingStep(passes, account, StepSettings(LR), source, stream.batch)
     seconds = [record.seconds for record in fit(strategy, stream, step)]
@@ -71,7 +79,7 @@ def ours_compiled(peft, model, flops, blocks: Blocks, accelerator, batches: int)
         return ours(peft, model, flops, blocks, accelerator, BaselineStrategy(), batches)
 
 
-def bare_loop(model, blocks: Blocks, passes: int) -> float:
+def bare_loop(model, blocks: Blocks, passes: int, *, rows: int = BATCH) -> float:
     """Seconds a pass of the shortest loop one would write, with the same weights, autocast, optimizer."""
     reset_adapter(model, seed=0)
     parameters = list(adapter_parameters(model).values())
@@ -79,7 +87,7 @@ def bare_loop(model, blocks: Blocks, passes: int) -> float:
     device = parameters[0].device
     dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
     start = 0.0
-    for index, batch in zip(range(passes + WARM), BatchStream(blocks, BATCH, 1, seed=0), strict=False):
+    for index, batch in zip(range(passes + WARM), BatchStream(blocks, rows, 1, seed=0), strict=False):
         if index == WARM:
             start = time.perf_counter()
         ids = batch.micro_batches[0].input_ids.to(device)
@@ -95,7 +103,14 @@ def bare_loop(model, blocks: Blocks, passes: int) -> float:
 
 
 def trainer(
-    model, blocks: Blocks, passes: int, scratch: Path, warm: int = WARM, lr: float = LR, **settings
+    model,
+    blocks: Blocks,
+    passes: int,
+    scratch: Path,
+    warm: int = WARM,
+    lr: float = LR,
+    rows: int = BATCH,
+    **settings,
 ) -> float:
     """Seconds a pass of Hugging Face Trainer, on the batches that ours gets, in their order."""
     from peft.tuners.lora import LoraLayer
@@ -123,12 +138,12 @@ def trainer(
             self.end = time.perf_counter()
 
     reset_adapter(model, seed=0)
-    stream = BatchStream(blocks, BATCH, 1, seed=0)
+    stream = BatchStream(blocks, rows, 1, seed=0)
     order = np.concatenate([next(stream).micro_batches[0].input_ids.numpy() for _ in range(passes + warm)])
-    rows = [{"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(row)} for row in order]
+    dataset = [{"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(row)} for row in order]
     arguments = TrainingArguments(
         output_dir=str(scratch),
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=rows,
         max_steps=passes + warm,
         learning_rate=lr,
         report_to="none",
@@ -138,7 +153,7 @@ def trainer(
         **settings,
     )
     clock = Clock()
-    InOrder(model=model, args=arguments, train_dataset=rows, callbacks=[clock]).train()
+    InOrder(model=model, args=arguments, train_dataset=dataset, callbacks=[clock]).train()
     return (clock.end - clock.start) / passes
 
 
@@ -211,13 +226,14 @@ def main() -> None:
 
 def matrix_peak(device, dtype: str) -> float:
     """FLOPs a second of a large product of two matrices, the best of some."""
-    one, two = (torch.randn(2048, 2048, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    size = 2048 if device.type == "cpu" else 16384
+    one, two = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()
         (one @ two).sum().item()
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+    return 2 * size**3 / best
 
 
 def report(seconds: dict[str, list[float]], dtype: str, rounds: int, passes: int) -> None:

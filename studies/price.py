@@ -1,19 +1,21 @@
 """Study 1, price: for how much less can be had what LoRA on all layers reaches at its best.
 
-    python studies/price.py run real MODEL_FOLDER DATA_FOLDER studies/records/price-real.jsonl
-    python studies/price.py report real studies/records/price-real.jsonl
+    python studies/price.py run casino MODEL_FOLDER DATA_FOLDER studies/records/price-casino.jsonl
+    python studies/price.py report casino studies/records/price-casino.jsonl
 
 Arms: adapters on all layers; on the top half and the top quarter, whose frozen prefix is computed once a
 block and kept; and freeze as you go, all layers at first, from a share of the batches on only those above a
 layer, while what lies below is computed once a block more and kept. Everything is charged as if its run
 were alone, in the units of :mod:`iterbatch.model.flops`; an adapter that rests is charged as merged.
-``PLANS`` says on what: ``real`` is the model of studies/get_smollm2.py on CaSiNo, ``small`` the bundled one
-on STAR.
+``PLANS`` says on what: ``casino`` and ``star`` are those texts for the model of studies/get_smollm2.py,
+``small`` is STAR for the bundled one.
 
-Rates are tuned at a middling number of epochs by the loss on validation, mean of tuning seeds, a step further
-beyond an edge; then each number of epochs is trained at that rate with fresh seeds, and scored on at least
-100 test dialogues. Freeze as you go takes the rate of all layers. Every run is one line of the records,
-written when it ends: the same command goes on where it was stopped.
+Rank and rate of a placement are tuned at a middling number of epochs by the loss on validation, mean of
+tuning seeds, a step further beyond an edge of the rates; then each number of epochs is trained with fresh
+seeds and scored on at least 100 test dialogues. Freeze as you go takes rank and rate of all layers. Every
+run is one line of the records, written when it ends: the same command goes on where it was stopped. A GPU is
+used where there is one, with products in TF32; workers share it, so that its seconds mean little:
+benchmarks/shapes.py has those of a pass.
 """
 
 import argparse
@@ -47,8 +49,7 @@ from iterbatch.training.passes import make_optimizer, schedule, warmup_share
 
 Line = dict[str, Any]  # of the records
 STEP = 2.0  # factor between two rates
-TUNING_SEEDS = (1000, 1001)
-BATCH, LENGTH = 4, 128
+LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Arm:
-    """A placement: epochs at which its rate is tuned, and those that are trained with fresh seeds."""
+    """A placement: epochs at which its rank and rate are tuned, and those trained with fresh seeds."""
 
     name: str
     lora_layers: str
-    rank: int
+    ranks: tuple[int, ...]
     tuned_at: int
     epochs: tuple[int, ...]
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
     rests: tuple[tuple[int, float, int], ...] = ()  # (epochs, from, below) of freeze as you go
 
 
@@ -86,38 +86,46 @@ class Plan:
     """A model, a text, and the arms on them."""
 
     text: str  # folder below dialogue in the folder of texts
+    rows: int  # of a batch
     train_tokens: int
     validation_tokens: int  # from here on in whole documents
     test_tokens: int
     rates: tuple[float, ...]
     arms: tuple[Arm, ...]
 
+    tuning_seeds: tuple[int, ...] = (1000, 1001, 1002)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
-THREE = (0, 1, 2)
+
+REAL = (
+    Arm("all", "all", (16, 64), 2, (1, 2, 3, 4), ((3, 1 / 3, 15), (3, 1 / 3, 22), (2, 1 / 2, 15))),
+    Arm("half", "top:15", (16, 64), 3, (2, 3, 4, 6)),
+    Arm("quarter", "top:8", (16, 64), 4, (3, 4, 6, 8)),
+)
+# For the second text, with ranks as in earlier studies.
+AGAIN = (
+    Arm("all", "all", (16,), 2, (1, 2, 3), ((3, 1 / 3, 15), (2, 1 / 2, 15))),
+    Arm("half", "top:15", (64,), 3, (2, 4)),
+    Arm("quarter", "top:8", (64,), 4, (3, 6)),
+)
+RATES = (0.75e-3, 1.5e-3, 3e-3)
 PLANS = {
-    "real": Plan(
-        "casino",
-        16384,
-        9000,
-        34000,
-        (0.75e-3, 1.5e-3, 3e-3),
-        (
-            Arm("all", "all", 16, 2, (1, 2, 3), rests=((3, 1 / 3, 15), (2, 1 / 2, 15))),
-            Arm("half", "top:15", 64, 3, (2, 4), THREE),
-            Arm("quarter", "top:8", 64, 4, (3, 6), THREE),
-        ),
-    ),
+    "casino": Plan("casino", 16, 65536, 9000, 34000, RATES, REAL),
+    "star": Plan("star", 16, 65536, 20000, 40000, RATES, AGAIN),
     "small": Plan(
         "star",
+        4,
         65536,
         20000,
         40000,
         (4e-3, 8e-3, 16e-3),
         (
-            Arm("all", "all", 64, 3, (1, 2, 3, 4, 6), rests=((3, 1 / 3, 4), (2, 1 / 2, 4))),
-            Arm("half", "top:4", 64, 4, (2, 4, 8)),
-            Arm("quarter", "top:2", 64, 6, (3, 6, 12)),
+            Arm("all", "all", (64,), 3, (1, 2, 3, 4, 6), ((3, 1 / 3, 4), (2, 1 / 2, 4))),
+            Arm("half", "top:4", (64,), 4, (2, 4, 8)),
+            Arm("quarter", "top:2", (64,), 6, (3, 6, 12)),
         ),
+        (1000, 1001),
+        (0, 1, 2, 3),
     ),
 }
 
@@ -152,7 +160,7 @@ class Bench:
             dataset="dialogue",
             data_dir=f"{data}/dialogue/{plan.text}",
             max_length=LENGTH,
-            batch_size=BATCH,
+            batch_size=plan.rows,
             max_train_tokens=plan.train_tokens,
             max_eval_tokens=plan.test_tokens,
             lora_layers=lora_layers,
@@ -168,13 +176,14 @@ class Bench:
                 validation, self.prepared.base.tokenizer, LENGTH, plan.validation_tokens
             ),
         }
-        self.model = load_model(self.prepared.base, config.model)
-        self.accelerator = make_accelerator(PRECISION[self.prepared.base.dtype])
+        self.plan, self.accelerator = plan, make_accelerator(PRECISION[self.prepared.base.dtype])
+        self.device = self.accelerator.device
+        self.model = load_model(self.prepared.base, config.model).to(self.device)
         self.cut = CutModel(self.model)
         self.kept = {text: self._source(self.cut) for text in ("train", "validation", "test")}
 
     def _source(self, cut: CutModel) -> PrefixSource:
-        return Kept(cut, self.accelerator.device) if cut.cut else PrefixSource(cut, self.accelerator.device)
+        return Kept(cut, self.device) if cut.cut else PrefixSource(cut, self.device)
 
     def train(self, run: Run) -> Line:
         """Train, and score: a line of the records."""
@@ -190,7 +199,7 @@ class Bench:
             if number == round(run.rest_from * batches):
                 cut, prices, met = self.rest(run.rest_below), rested(self.model, run.rest_below), set[int]()
                 source = self._source(cut)
-            (micro,) = next(stream).micro_batches
+            (micro,) = next(stream).to(self.device).micro_batches
             for group in optimizer.param_groups:
                 group["lr"] = run.lr * schedule((number + 0.5) / batches, warmup)
             nats = cut(source.fetch(micro)[0], micro).sum() / micro.label_tokens
@@ -203,12 +212,14 @@ class Bench:
             flops += prices.repeat([(shape[0], shape[1])])
             flops += prices.prefix.of([(len(blocks - met), shape[1])])
             met |= blocks
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = perf_counter() - start
-        splits = ("validation",) if seed in TUNING_SEEDS else ("validation", "test")
+        splits = ("validation",) if seed in self.plan.tuning_seeds else ("validation", "test")
         scores = {split: self.score(split, cut) for split in splits}
         for parameter in parameters:
             parameter.requires_grad_(True)
-        unit = flop_model(self.model).fresh([(BATCH, LENGTH)])
+        unit = flop_model(self.model).fresh([(self.plan.rows, LENGTH)])
         measured = {"batches": batches, "flops": flops, "flops_of_a_fresh_pass": unit, "seconds": seconds}
         return asdict(run) | measured | {split: documents(each) for split, each in scores.items()}
 
@@ -221,7 +232,7 @@ class Bench:
 
     def score(self, split: str, cut: CutModel) -> Score:
         """Of a text, with the adapter as it is."""
-        source = self.kept[split] if cut is self.cut else PrefixSource(cut, self.accelerator.device)
+        source = self.kept[split] if cut is self.cut else PrefixSource(cut, self.device)
         return score(cut, self.texts[split], self.accelerator, source=source)
 
 
@@ -250,26 +261,43 @@ def documents(scored: Score) -> Line:
 # Which are to be made
 
 
-def tuned(plan: Plan, arm: Arm, records: Sequence[Line]) -> tuple[float | None, list[Run]]:
-    """The best rate, None while trials are missing; and those."""
+def tuned(plan: Plan, arm: Arm, records: Sequence[Line]) -> tuple[tuple[int, float] | None, list[Run]]:
+    """The best rank and rate, None while trials are missing; and those."""
+    best: dict[int, float] = {}
+    trials: list[Run] = []
+    for rank in arm.ranks:
+        rate, missing = best_rate(plan, arm, rank, records)
+        trials += missing
+        if rate is not None:
+            best[rank] = rate
+    if trials:
+        return None, trials
+    return min(best.items(), key=lambda each: tuning_loss(plan, arm, *each, records)), []
+
+
+def best_rate(plan: Plan, arm: Arm, rank: int, records: Sequence[Line]) -> tuple[float | None, list[Run]]:
+    """The best rate at a rank, None while trials are missing; and those."""
     rates = list(plan.rates)
     while True:
-        trials = [
-            Run(arm.lora_layers, arm.rank, arm.tuned_at, lr, seed) for lr in rates for seed in TUNING_SEEDS
-        ]
-        if open_trials := [run for run in trials if found(run, records) is None]:
-            return None, open_trials
-        curve = {lr: tuning_loss(arm, lr, records) for lr in rates}
-        best = min(curve, key=lambda lr: curve[lr])
+        if trials := [
+            run for lr in rates for run in tuning(plan, arm, rank, lr) if found(run, records) is None
+        ]:
+            return None, trials
+        best = min(rates, key=lambda lr: tuning_loss(plan, arm, rank, lr, records))
         if min(rates) < best < max(rates) or len(rates) == len(plan.rates) + 3:
             return best, []
         rates.append(best * STEP if best == max(rates) else best / STEP)
 
 
-def tuning_loss(arm: Arm, lr: float, records: Sequence[Line]) -> float:
+def tuning(plan: Plan, arm: Arm, rank: int, lr: float) -> list[Run]:
+    """The trials of a rank and rate."""
+    return [Run(arm.lora_layers, rank, arm.tuned_at, lr, seed) for seed in plan.tuning_seeds]
+
+
+def tuning_loss(plan: Plan, arm: Arm, rank: int, lr: float, records: Sequence[Line]) -> float:
     """Loss on validation, mean of the tuning seeds."""
-    runs = [Run(arm.lora_layers, arm.rank, arm.tuned_at, lr, seed) for seed in TUNING_SEEDS]
-    return float(np.mean([(found(run, records) or {})["validation"]["loss"] for run in runs]))
+    lines = [found(run, records) or {} for run in tuning(plan, arm, rank, lr)]
+    return float(np.mean([line["validation"]["loss"] for line in lines]))
 
 
 def found(run: Run, records: Sequence[Line]) -> Line | None:
@@ -281,17 +309,17 @@ def found(run: Run, records: Sequence[Line]) -> Line | None:
 def missing(plan: Plan, records: Sequence[Line]) -> Iterator[Run]:
     """Runs that can be made now, the most decisive first."""
     for arm in plan.arms:
-        rate, trials = tuned(plan, arm, records)
+        best, trials = tuned(plan, arm, records)
         yield from trials
-        if rate is not None:
-            runs = [run for seed in arm.seeds for run in finals(arm, rate, seed)]
+        if best is not None:
+            runs = [run for seed in plan.seeds for run in finals(arm, *best, seed)]
             yield from (run for run in runs if found(run, records) is None)
 
 
-def finals(arm: Arm, rate: float, seed: int) -> list[Run]:
+def finals(arm: Arm, rank: int, lr: float, seed: int) -> list[Run]:
     """All runs of a seed."""
-    plain = [Run(arm.lora_layers, arm.rank, epochs, rate, seed) for epochs in arm.epochs]
-    rests = [Run(arm.lora_layers, arm.rank, epochs, rate, seed, at, below) for epochs, at, below in arm.rests]
+    plain = [Run(arm.lora_layers, rank, epochs, lr, seed) for epochs in arm.epochs]
+    rests = [Run(arm.lora_layers, rank, epochs, lr, seed, at, below) for epochs, at, below in arm.rests]
     return [*rests, *reversed(plain)]
 
 
@@ -304,11 +332,13 @@ _benches: dict[tuple[str, int], Bench] = {}
 
 
 def make(plan: str, model: str, data: str, run: Run) -> Line:
-    """Make a run in this process, which keeps what runs of a placement share."""
+    """Make a run in this process, which keeps what runs of a placement share, on a GPU of all placements."""
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
     key = (run.lora_layers, run.rank)
     if key not in _benches:
-        _benches.clear()
+        if not torch.cuda.is_available():
+            _benches.clear()
         _benches[key] = Bench(PLANS[plan], model, data, *key)
     return _benches[key].train(run)
 
@@ -341,10 +371,10 @@ Key = tuple[str, int, float, int]  # placement, epochs, and when and below which
 def report(plan: Plan, records: Sequence[Line]) -> None:
     """Print every tuning curve, and what every arm reached, for what, against all layers at their best."""
     for arm in plan.arms:
-        _print_curve(arm, [line for line in records if line["seed"] in TUNING_SEEDS])
+        _print_curve(arm, [line for line in records if line["seed"] in plan.tuning_seeds])
     arms: dict[Key, Runs] = {}
     for line in records:
-        if line["seed"] not in TUNING_SEEDS:
+        if line["seed"] in plan.seeds:
             key = (line["lora_layers"], line["epochs"], line["rest_from"], line["rest_below"])
             arms.setdefault(key, {})[line["seed"]] = line
     plain = {key: runs for key, runs in arms.items() if key[0] == "all" and key[2] == 1}
@@ -359,9 +389,10 @@ def report(plan: Plan, records: Sequence[Line]) -> None:
 
 def _print_curve(arm: Arm, trials: Sequence[Line]) -> None:
     own = [line for line in trials if line["lora_layers"] == arm.lora_layers]
-    for lr in sorted({line["lr"] for line in own}):
-        losses = ", ".join(f"{line['validation']['loss']:.4f}" for line in own if line["lr"] == lr)
-        print(f"tuning {arm.name}, {arm.tuned_at} epochs, rate {lr:.3g}: {losses}")
+    for rank, lr in sorted({(line["rank"], line["lr"]) for line in own}):
+        losses = [line["validation"]["loss"] for line in own if (line["rank"], line["lr"]) == (rank, lr)]
+        told = ", ".join(f"{loss:.4f}" for loss in losses)
+        print(f"tuning {arm.name}, {arm.tuned_at} epochs, rank {rank}, rate {lr:.3g}: {told}")
 
 
 def _row(key: Key, runs: Runs, reference: Runs, share: Callable[[float], float]) -> str:
@@ -375,7 +406,8 @@ def _row(key: Key, runs: Runs, reference: Runs, share: Callable[[float], float])
     passes = cost(runs) / reference[seeds[0]]["flops_of_a_fresh_pass"]
     seconds = np.median([runs[seed]["seconds"] / reference[seed]["seconds"] for seed in seeds])
     return (
-        f"{lora_layers}, {epochs} epochs{resting}: {len(seeds)} seeds, rate {runs[seeds[0]]['lr']:.3g}, "
+        f"{lora_layers}, {epochs} epochs{resting}: {len(seeds)} seeds, rank {runs[seeds[0]]['rank']}, rate "
+        f"{runs[seeds[0]]['lr']:.3g}, "
         f"{passes:.1f} passes of all layers, test perplexity {math.exp(mean_loss(runs, 'test')):.3f}, "
         f"difference {found.estimate:+.4f} [{found.low:+.4f}, {found.high:+.4f}], "
         f"worth {worth.estimate:.2f} [{worth.low:.2f}, {worth.high:.2f}], seconds x {seconds:.2f}"
