@@ -15,6 +15,7 @@ Matrices are trained by Muon, embeddings and norms by AdamW.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -154,7 +155,8 @@ def pretrain(flags: argparse.Namespace) -> None:
     train, heldback, validation = split_documents(data)
     write_heldback(heldback, work / "heldback")
     tokenizer = train_tokenizer(train, work / "tokenizer")
-    blocks = prepare_blocks(train, tokenizer, CONTEXT, data_key="pretrain-base").ids
+    digest = hashlib.sha256("".join(document.text for document in train).encode()).hexdigest()
+    blocks = prepare_blocks(train, tokenizer, CONTEXT, data_key=f"pretrain-base-{digest}").ids
     texts = {
         name: prepare_eval(documents, tokenizer, CONTEXT, 40_000) for name, documents in validation.items()
     }

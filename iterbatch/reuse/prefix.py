@@ -103,7 +103,7 @@ class PrefixSource:
     def settle(self) -> float:
         """Store what was computed since the last call, and say how many seconds that took to compute.
 
-        Called when the device has nothing left to do: it copies from there.
+        Waits for the device, and copies from there.
         """
         total = 0.0
         for computed in self._computed:
@@ -152,8 +152,13 @@ def _clock(device: torch.device) -> Iterator[Callable[[], float]]:
     """Time work on a device without waiting for it: the seconds are asked for later."""
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+        def seconds() -> float:
+            events[1].synchronize()  # scoring asks while the device is still at work
+            return events[0].elapsed_time(events[1]) / 1e3
+
         events[0].record()
-        yield lambda: events[0].elapsed_time(events[1]) / 1e3
+        yield seconds
         events[1].record()
         return
     times = [time.perf_counter()]

@@ -22,7 +22,7 @@ from iterbatch.model.lora import adapter_parameters, copy_adapter, reset_adapter
 from iterbatch.model.weights import load_model
 from iterbatch.records.record import BatchRecord, EvalRecord, read_records
 from iterbatch.reuse.prefetch import Prefetch
-from iterbatch.reuse.prefix import PrefixSource
+from iterbatch.reuse.prefix import PrefixSource, _clock
 from iterbatch.reuse.run_stores import weights_digest
 from iterbatch.reuse.store import DTYPES, ActivationStore, Layout
 from iterbatch.study.run import run as run_bench
@@ -537,3 +537,33 @@ def test_a_batch_of_any_shape_trains_without_a_store(three):
     step = _step(model)
     assert step(Batch((MicroBatch(ids, ids),))) > 0
     assert step.ledger.flops == pytest.approx(step.prices.fresh([(2, 7)]))
+
+
+class BusyEvent:
+    """Of a GPU that is still at work: it can be asked for a time only once it has been waited for."""
+
+    made = 0
+
+    def __init__(self, **_):
+        type(self).made += 1
+        self.at, self.over = float(type(self).made), False
+
+    def record(self):
+        """Queued."""
+
+    def synchronize(self):
+        """Waited for."""
+        self.over = True
+
+    def elapsed_time(self, end):
+        """As torch does it: an error while the device has not come to the end."""
+        if not end.over:
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return 1e3 * (end.at - self.at)
+
+
+def test_seconds_of_a_prefix_wait_for_a_gpu_that_is_still_at_work(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", BusyEvent)
+    with _clock(torch.device("cuda")) as seconds:
+        pass
+    assert seconds() == 1.0
