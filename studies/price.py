@@ -377,7 +377,10 @@ def report(plan: Plan, records: Sequence[Line]) -> None:
         if line["seed"] in plan.seeds:
             key = (line["lora_layers"], line["epochs"], line["rest_from"], line["rest_below"])
             arms.setdefault(key, {})[line["seed"]] = line
+    arms = {key: runs for key, runs in arms.items() if len(runs) > 1}  # an interval needs two
     plain = {key: runs for key, runs in arms.items() if key[0] == "all" and key[2] == 1}
+    if not plain:
+        return
     best = min(plain, key=lambda key: mean_loss(plain[key], "validation"))
     print(f"all layers are best at {best[1]} epochs, by validation; worth is against the all-layers curve")
     reference = arms[best]
