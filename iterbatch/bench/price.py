@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iterbatch.bench.map import nearest
+from iterbatch.bench.map import FAR, nearest
 from iterbatch.config import BenchConfig
 from iterbatch.data.blocks import Blocks
 from iterbatch.data.data_loader import BatchStream
@@ -207,15 +207,18 @@ def tokens_of(config: BenchConfig) -> int:
 def as_json(measured: list[Placement], config: BenchConfig) -> dict[str, Any]:
     """What ``--json`` prints."""
     chosen, reason = recommend(measured)
-    tokens = tokens_of(config)
     return {
         "batch_size": config.training.batch_size,
         "grad_accum": config.training.grad_accum,
         "max_length": config.max_length,
         "placements": [
-            {**asdict(each), "measured_elsewhere": asdict(nearest(tokens, each.price_ratio_flops))}
-            for each in measured
+            {**asdict(each), "measured_elsewhere": _elsewhere(tokens_of(config), each)} for each in measured
         ],
         "recommended": chosen.lora_layers,
         "reason": reason,
     }
+
+
+def _elsewhere(tokens: int, placement: Placement) -> dict[str, Any]:
+    cell = nearest(tokens, placement.price_ratio_flops)
+    return {**asdict(cell), "too_far": cell.distance(tokens, placement.price_ratio_flops) > FAR}

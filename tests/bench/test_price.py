@@ -66,6 +66,7 @@ def test_price_prints_a_table_and_json(tiny, capsys):
         assert len(numbers) == len(each) - 2
         assert all(value > 0 for value in numbers.values())
         assert each["measured_elsewhere"]["worth"]["at_once"]["low"] > 0
+        assert each["measured_elsewhere"]["too_far"]  # 64 tokens a batch
     assert report["placements"][0]["price_ratio_flops"] == 1.0 > report["placements"][1]["price_ratio_flops"]
 
 
