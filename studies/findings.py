@@ -50,7 +50,7 @@ ASKED = {
 
 # Studies of the map, and the arm that stands for each way to repeat (iterbatch/bench/map.py).
 MAP = {
-    "adaptive": {"at_once": "fixed2", "later": "spaced", "smaller": "small4"},
+    "adaptive": {"at_once": "abr", "later": "spaced", "smaller": "small4"},
     "map": {"at_once": "two_at_once", "later": "two_spaced"},
     "map-real": {"at_once": "two_at_once", "later": "two_spaced"},
     "repetition": {"at_once": "abr", "later": "auto_spaced", "smaller": "small4"},
@@ -141,7 +141,7 @@ def _print_registered(study: str, cells_of_study: Sequence[CellScores]) -> None:
 
 
 # What is drawn of the real LLaMA: studies, and arms with their names.
-DRAWN = {"repetition": "text without limit", "repetition-limited": "8 batches, over and over"}
+DRAWN = {"repetition": "text enough", "repetition-limited": "8 batches, over and over"}
 ARMS = {
     "abr": "abr, two passes at once",
     "window": "window, at once",

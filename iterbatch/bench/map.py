@@ -14,7 +14,7 @@ from typing import Any
 from iterbatch.language import N_, _
 
 FILE = Path(__file__).parent.parent / "assets" / "evidence" / "map.json"
-WAYS = {"at_once": N_("two at once"), "later": N_("repeats later"), "smaller": N_("smaller batches")}
+WAYS = {"at_once": N_("repeats at once"), "later": N_("repeats later"), "smaller": N_("smaller batches")}
 REPEATS = ("at_once", "later")
 FAR = 1.0  # a cell further off than this says little: half or twice the tokens, or a price 0.25 away
 
