@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from shapes import random_llama
 
 from iterbatch.config import ModelConfig
 from iterbatch.data.blocks import Blocks
@@ -46,24 +46,7 @@ WARM = 2
 
 def make_model(shape: str, layers: str, dtype: str) -> Any:
     """A LLaMA of a shape with random weights, and its adapters; the same in every process."""
-    width, mlp, depth, heads, shared, vocabulary = SHAPES[shape]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=shared,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096,
-    )
-    config._attn_implementation = "sdpa"
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
+    model, depth = random_llama(*SHAPES[shape], dtype=dtype), SHAPES[shape][2]
     adapter = ModelConfig(lora_layers=layers)
     return attach_adapter(model, dtype, adapter, adapted_layers(layers, depth)).train()
 

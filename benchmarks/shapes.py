@@ -47,6 +47,38 @@ SHAPES = {
 PASSES = 8  # counted ones of a turn
 
 
+def random_llama(
+    width: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    key_heads: int,
+    vocabulary: int,
+    *,
+    dtype: str,
+    tied: bool = False,
+) -> LlamaForCausalLM:
+    """A LLaMA of a shape with random weights, the same in every process."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
 class Bed:
     """A model of a shape with random weights on the device, and what is needed to train it."""
 
@@ -55,24 +87,9 @@ class Bed:
         self.layers, self.dtype = layers, dtype
         self.config: BenchConfig = make_config(batch_size=self.rows, max_length=self.length, dtype=dtype)
         self.accelerator = make_accelerator(PRECISION[dtype])
-        shaped = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_heads,
-            max_position_embeddings=2048,
-            tie_word_embeddings=tied,
-            attn_implementation="sdpa",
-        )
-        torch.manual_seed(0)
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            with self.accelerator.device:
-                self.model: Any = LlamaForCausalLM(shaped)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        with self.accelerator.device:
+            shape_of = (width, mlp, layers, heads, key_heads, vocabulary)
+            self.model: Any = random_llama(*shape_of, dtype=dtype, tied=tied)
         rows = (PASSES + 4) * self.rows
         tokens = torch.randint(0, vocabulary, (rows, self.length), generator=torch.Generator().manual_seed(0))
         self.blocks = Blocks.of(tokens.numpy())
