@@ -98,7 +98,7 @@ class Plan:
 
 
 # Fresh seeds are cut to what two cores can do: one number of epochs an arm, and a second of all layers, off
-# which to read what a difference is worth. Not trained: three to eight epochs, and other layers to rest below.
+# which to read what a difference is worth. Not trained: more epochs, and other layers to rest below.
 REAL = (
     Arm("all", "all", (16, 64), 2, (1, 2), ((3, 1 / 3, 15),)),
     Arm("half", "top:15", (16, 64), 3, (3,)),
