@@ -12,10 +12,10 @@ were alone, in the units of :mod:`iterbatch.model.flops`; an adapter that rests 
 
 Rank and rate of a placement are tuned at a middling number of epochs by the loss on validation, mean of
 tuning seeds, a step further beyond an edge of the rates; then each number of epochs is trained with fresh
-seeds and scored on at least 100 test dialogues. Freeze as you go takes rank and rate of all layers. Every
-run is one line of the records, written when it ends: the same command goes on where it was stopped. A GPU is
-used where there is one, with products in TF32; workers share it, so that its seconds mean little:
-benchmarks/shapes.py has those of a pass.
+seeds and scored on at least 100 test dialogues. Freeze as you go takes the rank of all
+layers, their rate and half of it. Every run is one line of the records, written when it ends: the same command
+goes on where it was stopped. A GPU is used where there is one, with products in TF32; workers share it, so
+that its seconds mean little: benchmarks/shapes.py has those of a pass.
 """
 
 import argparse
@@ -322,7 +322,11 @@ def missing(plan: Plan, records: Sequence[Line]) -> Iterator[Run]:
 def finals(arm: Arm, rank: int, lr: float, seed: int) -> list[Run]:
     """All runs of a seed."""
     plain = [Run(arm.lora_layers, rank, epochs, lr, seed) for epochs in arm.epochs]
-    rests = [Run(arm.lora_layers, rank, epochs, lr, seed, at, below) for epochs, at, below in arm.rests]
+    rests = [
+        Run(arm.lora_layers, rank, epochs, rate, seed, at, below)
+        for epochs, at, below in arm.rests
+        for rate in (lr / STEP, lr)
+    ]
     return [*rests, *reversed(plain)]
 
 
@@ -368,7 +372,7 @@ def run_all(plan: str, model: str, data: str, file: Path, workers: int) -> None:
 # What they say
 
 Runs = dict[int, Line]  # of an arm, by seed
-Key = tuple[str, int, float, int]  # placement, epochs, and when and below which layer adapters rest
+Key = tuple[str, int, float, int, float]  # placement, epochs, when and below which layer it rests, rate
 
 
 def report(plan: Plan, records: Sequence[Line]) -> None:
@@ -378,7 +382,7 @@ def report(plan: Plan, records: Sequence[Line]) -> None:
     arms: dict[Key, Runs] = {}
     for line in records:
         if line["seed"] in plan.seeds:
-            key = (line["lora_layers"], line["epochs"], line["rest_from"], line["rest_below"])
+            key = (line["lora_layers"], line["epochs"], line["rest_from"], line["rest_below"], line["lr"])
             arms.setdefault(key, {})[line["seed"]] = line
     arms = {key: runs for key, runs in arms.items() if len(runs) > 1}  # an interval needs two
     plain = {key: runs for key, runs in arms.items() if key[0] == "all" and key[2] == 1}
@@ -402,7 +406,7 @@ def _print_curve(arm: Arm, trials: Sequence[Line]) -> None:
 
 
 def _row(key: Key, runs: Runs, reference: Runs, share: Callable[[float], float]) -> str:
-    lora_layers, epochs, rest_from, rest_below = key
+    lora_layers, epochs, rest_from, rest_below, lr = key
     seeds = sorted(set(runs) & set(reference))
     tokens = np.array(runs[seeds[0]]["test"]["tokens"])
     found = stats.compare(nats(runs, seeds), nats(reference, seeds), tokens)
@@ -412,8 +416,8 @@ def _row(key: Key, runs: Runs, reference: Runs, share: Callable[[float], float])
     passes = cost(runs) / reference[seeds[0]]["flops_of_a_fresh_pass"]
     seconds = np.median([runs[seed]["seconds"] / reference[seed]["seconds"] for seed in seeds])
     return (
-        f"{lora_layers}, {epochs} epochs{resting}: {len(seeds)} seeds, rank {runs[seeds[0]]['rank']}, rate "
-        f"{runs[seeds[0]]['lr']:.3g}, "
+        f"{lora_layers}, {epochs} epochs{resting}: {len(seeds)} seeds, rank {runs[seeds[0]]['rank']}, "
+        f"rate {lr:.3g}, "
         f"{passes:.1f} passes of all layers, test perplexity {math.exp(mean_loss(runs, 'test')):.3f}, "
         f"difference {found.estimate:+.4f} [{found.low:+.4f}, {found.high:+.4f}], "
         f"worth {worth.estimate:.2f} [{worth.low:.2f}, {worth.high:.2f}], seconds x {seconds:.2f}"
