@@ -13,9 +13,9 @@ were alone, in the units of :mod:`iterbatch.model.flops`; an adapter that rests 
 Rank and rate of a placement are tuned at a middling number of epochs by the loss on validation, mean of
 tuning seeds, a step further beyond an edge of the rates; then each number of epochs is trained with fresh
 seeds and scored on at least 100 test dialogues. Freeze as you go takes the rank of all
-layers, their rate and half of it. Every run is one line of the records, written when it ends: the same command
-goes on where it was stopped. A GPU is used where there is one, with products in TF32; workers share it, so
-that its seconds mean little: benchmarks/shapes.py has those of a pass.
+layers, their rate and half of it. Every run is one line of the records, written when it ends: the same
+command goes on where it was stopped. A GPU is used where there is one, with products in TF32; workers share
+it, so that its seconds mean little: benchmarks/shapes.py has those of a pass.
 """
 
 import argparse
