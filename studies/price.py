@@ -7,8 +7,8 @@ Arms: adapters on all layers; on the top half and the top quarter, whose frozen 
 block and kept; and freeze as you go, all layers at first, from a share of the batches on only those above a
 layer, while what lies below is computed once a block more and kept. Everything is charged as if its run
 were alone, in the units of :mod:`iterbatch.model.flops`; an adapter that rests is charged as merged.
-``PLANS`` says on what: ``casino`` and ``star`` are those texts for the model of studies/get_smollm2.py,
-``small`` is STAR for the bundled one.
+``PLANS`` says on what text and how much of it, for the model of studies/get_smollm2.py. (The bundled one has
+been trained on STAR.)
 
 Rank and rate of a placement are tuned at a middling number of epochs by the loss on validation, mean of
 tuning seeds, a step further beyond an edge of the rates; then each number of epochs is trained with fresh
@@ -114,17 +114,17 @@ RATES = (0.75e-3, 1.5e-3, 3e-3)
 PLANS = {
     "casino": Plan("casino", 16, 65536, 9000, 34000, RATES, REAL),
     "star": Plan("star", 16, 65536, 20000, 40000, RATES, AGAIN),
-    "small": Plan(
+    # What two cores can do: few dialogues, so that more epochs than two are worth a try.
+    "scarce": Plan(
         "star",
         4,
-        65536,
-        20000,
-        40000,
-        (4e-3, 8e-3, 16e-3),
+        12288,
+        5000,
+        26000,
+        (1.5e-3, 3e-3, 6e-3),
         (
-            Arm("all", "all", (64,), 3, (1, 2, 3, 4), ((3, 1 / 3, 4), (2, 1 / 2, 4))),
-            Arm("half", "top:4", (64,), 4, (4,)),
-            Arm("quarter", "top:2", (64,), 6, (6,)),
+            Arm("all", "all", (16,), 2, (2, 3), ((3, 1 / 3, 15),)),
+            Arm("half", "top:15", (64,), 3, (3,)),
         ),
         (1000, 1001),
         (0, 1, 2, 3),
@@ -309,14 +309,14 @@ def found(run: Run, records: Sequence[Line]) -> Line | None:
 
 
 def missing(plan: Plan, records: Sequence[Line]) -> Iterator[Run]:
-    """Runs that can be made now: of arms that are tuned, seed by seed, then trials."""
+    """Runs that can be made now: trials, then of arms that are tuned, seed by seed."""
     state = [(arm, *tuned(plan, arm, records)) for arm in plan.arms]
+    for _, _, trials in state:
+        yield from trials
     for seed in plan.seeds:
         for arm, best, _ in state:
             runs = finals(arm, *best, seed) if best is not None else []
             yield from (run for run in runs if found(run, records) is None)
-    for _, _, trials in state:
-        yield from trials
 
 
 def finals(arm: Arm, rank: int, lr: float, seed: int) -> list[Run]:
