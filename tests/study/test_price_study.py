@@ -56,20 +56,22 @@ def _played(price, plan):
 
 
 def _plan(price, *rates):
-    arm = price.Arm("all", "all", 8, 2, (1, 2, 3), (0, 1, 2), rests=((3, 1 / 3, 4),))
-    return price.Plan("casino", 1, 1, 1, rates, (arm,))
+    arm = price.Arm("all", "all", (8,), 2, (1, 2, 3), ((3, 1 / 3, 4),))
+    return price.Plan("casino", 1, 1, 1, 1, rates, (arm,), seeds=(0, 1, 2))
 
 
 def test_a_plan_tunes_beyond_an_edge_then_trains_at_the_best_rate(price):
-    lines = _played(price, _plan(price, 0.004, 0.008))
-    trials = [line for line in lines if line["seed"] in price.TUNING_SEEDS]
+    plan = _plan(price, 0.004, 0.008)
+    lines = _played(price, plan)
+    trials = [line for line in lines if line["seed"] in plan.tuning_seeds]
     finals = [line for line in lines if line not in trials]
     assert {line["lr"] for line in trials} == {0.001, 0.002, 0.004, 0.008}
     assert lines[: len(trials)] == trials  # no run before its rate is known
-    assert len(trials) == 4 * len(price.TUNING_SEEDS)
-    assert {line["lr"] for line in finals} == {0.002}
-    assert len(finals) == 3 * 4  # three seeds of three plain runs and one that rests
-    assert not list(price.missing(_plan(price, 0.004, 0.008), lines))
+    assert len(trials) == 4 * len(plan.tuning_seeds)
+    assert {line["lr"] for line in finals if not line["rest_below"]} == {0.002}
+    assert {line["lr"] for line in finals if line["rest_below"]} == {0.001, 0.002}  # and at half of it
+    assert len(finals) == 3 * 5  # three seeds of three plain runs and two that rest
+    assert not list(price.missing(plan, lines))
 
 
 def test_what_all_layers_reach_at_their_best_is_worth_one(price, capsys):
